@@ -1,0 +1,163 @@
+"""The drafter graph: one call drafts a block of γ tokens.
+
+One parallel pass gives base logits for every position of the block; a small sequential head (Markov, gated or rnn)
+walks over them, unrolled, adding to each step's logits a bias that depends on the token drafted before it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dspark_edge.exporter import operators
+from dspark_edge.exporter.configuration import DrafterConfig
+from dspark_edge.exporter.modules.layers import DecoderLayer, Embedding, Projection, RMSNorm, RotaryTable, row_positions
+
+__all__ = ["Drafter", "MarkovHead"]
+
+
+class MarkovHead(nn.Module):
+    """The sequential head: the token before, the block's hidden row and a state → a bias on the step's logits.
+
+    Computed in fp32 whatever the model's type (paper and reference keep draft probabilities in fp32).
+    """
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        rank, hidden = config.markov_rank, config.backbone.hidden_size
+        self.kind = config.markov_head
+        self.rank = rank
+        self.markov_w1 = Embedding(config.backbone.vocab_size, rank, torch.float32)
+        self.markov_w2 = Embedding(config.backbone.vocab_size, rank, torch.float32)
+        if self.kind == "gated":
+            self.gate_proj = Projection(hidden + rank, rank, bias=True)
+        elif self.kind == "rnn":
+            self.joint_proj = Projection(2 * rank + hidden, 3 * rank, bias=True)
+
+    def features(
+        self, edge: torch.Tensor, hidden: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The vector that W2 projects on the vocabulary, and the next state; all [B, r], hidden [B, d]."""
+        if self.kind == "gated":
+            return torch.sigmoid(self.gate_proj(torch.cat((hidden, edge), dim=-1))) * edge, state
+        if self.kind == "rnn":
+            joint = self.joint_proj(torch.cat((state, edge, hidden), dim=-1))
+            gate, content, output = joint.split([self.rank] * 3, dim=-1)
+            gate = torch.sigmoid(gate)
+            state = gate * state + (1.0 - gate) * torch.tanh(content)
+            return torch.tanh(output), state
+        return edge, state
+
+    def bias(self, features: torch.Tensor, pool_ids: torch.Tensor | None) -> torch.Tensor:
+        """features [B, r] → bias on the whole vocabulary [B, V], or on a pool of it: pool_ids [B, M] → [B, M]."""
+        if pool_ids is None:
+            bias: torch.Tensor = operators.project_vocabulary(features, self.markov_w2.weight)
+            return bias
+        return (self.markov_w2(pool_ids) @ features.unsqueeze(-1)).squeeze(-1)
+
+
+class Drafter(nn.Module):
+    """Drafts a block after the anchor.
+
+    Args of forward:
+        anchor_ids: [B] int64, the last committed tokens.
+        cache_lengths: [B] int64, the anchors' positions.
+        temperature: [B] fp32; 0 drafts greedily.
+        noise: [B, γ, K] fp32, standard Gumbel noise (zeros when greedy).
+        past: per drafter layer context key and value [B, Kv, C, D], in turn.
+
+    Returns:
+        draft_ids [B, γ] int64, confidence_logits [B, γ] fp32 or None, candidate_ids [B, γ, K] int64,
+        candidate_probs [B, γ, K] fp32 (exactly the probabilities drafted from), base_logits [B, γ, V] fp32 (before
+        the sequential head), and the caches with the block's keys and values behind the context.
+    """
+
+    def __init__(
+        self, config: DrafterConfig, positions: int, candidates: int, pool: int | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        backbone = config.backbone
+        self.block_size, self.mask_token_id = config.block_size, config.mask_token_id
+        self.candidates, self.pool = candidates, pool
+        self.confidence_with_markov = config.confidence_with_markov
+        self.embed_tokens = Embedding(backbone.vocab_size, backbone.hidden_size, dtype)
+        self.layers = nn.ModuleList(DecoderLayer(backbone, False, dtype) for _ in range(backbone.num_layers))
+        self.norm = RMSNorm(backbone.hidden_size, backbone.rms_norm_eps, dtype)
+        self.rotary = RotaryTable(positions, backbone.head_dim, dtype)
+        self.lm_head = Embedding(backbone.vocab_size, backbone.hidden_size, dtype)
+        self.markov_head = MarkovHead(config) if config.markov_rank else None
+        inputs = backbone.hidden_size + (config.markov_rank if config.confidence_with_markov else 0)
+        self.confidence_head = Projection(inputs, 1, bias=True) if config.confidence else None
+
+    def forward(
+        self,
+        anchor_ids: torch.Tensor,
+        cache_lengths: torch.Tensor,
+        temperature: torch.Tensor,
+        noise: torch.Tensor,
+        past: list[torch.Tensor],
+    ) -> tuple[
+        torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]
+    ]:
+        masks = torch.full_like(anchor_ids, self.mask_token_id)[:, None].expand(-1, self.block_size - 1)
+        states = self.embed_tokens(torch.cat((anchor_ids[:, None], masks), dim=1))
+        positions = row_positions(cache_lengths, self.block_size)
+        present: list[torch.Tensor] = []
+        for index, layer in enumerate(self.layers):
+            caches = (past[2 * index], past[2 * index + 1])
+            states, key, value = layer(states, *caches, cache_lengths, positions, self.rotary)
+            present += [key, value]
+        states = self.norm(states)
+        batch, width, size = states.shape
+        base_logits = operators.project_vocabulary(states.reshape(batch * width, size), self.lm_head.weight)
+        base_logits = base_logits.float().reshape(batch, width, -1)
+        ids, confidences, candidate_ids, candidate_probs = self._walk(
+            anchor_ids, states.float(), base_logits, temperature, noise
+        )
+        return ids, confidences, candidate_ids, candidate_probs, base_logits, present
+
+    def _walk(
+        self,
+        anchor_ids: torch.Tensor,
+        hidden: torch.Tensor,  # [B, γ, d] fp32
+        base_logits: torch.Tensor,  # [B, γ, V] fp32
+        temperature: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """The γ steps of the sequential head."""
+        divisor = torch.where(temperature > 0, temperature, torch.ones_like(temperature))[:, None]
+        # The pool bounds what the bias can lift: the M best base logits of each position, once for the whole block.
+        pool = torch.topk(base_logits, self.pool, dim=-1) if self.pool is not None else None
+        head = self.markov_head
+        previous = anchor_ids
+        state = hidden.new_zeros(hidden.shape[0], head.rank) if head is not None else hidden
+        draft_ids, confidences, all_candidates, all_probs = [], [], [], []
+        for step in range(self.block_size):
+            logits = base_logits[:, step] if pool is None else pool.values[:, step]
+            pool_ids = None if pool is None else pool.indices[:, step]
+            row = hidden[:, step]
+            feature = row
+            if head is not None:
+                edge = head.markov_w1(previous)
+                features, state = head.features(edge, row, state)
+                logits = logits + head.bias(features, pool_ids)
+                if self.confidence_with_markov:
+                    feature = torch.cat((row, edge), dim=-1)
+            if self.confidence_head is not None:
+                confidences.append(self.confidence_head(feature))
+            best, candidate_ids = torch.topk(logits, self.candidates, dim=-1)
+            if pool_ids is not None:
+                candidate_ids = pool_ids.gather(1, candidate_ids)
+            scaled = best / divisor
+            probs = torch.softmax(scaled, dim=-1)
+            choice = (scaled + noise[:, step]).argmax(dim=-1, keepdim=True)
+            previous = candidate_ids.gather(1, choice).squeeze(1)
+            draft_ids.append(previous)
+            all_candidates.append(candidate_ids)
+            all_probs.append(probs)
+        return (
+            torch.stack(draft_ids, dim=1),
+            torch.cat(confidences, dim=1) if confidences else None,
+            torch.stack(all_candidates, dim=1),
+            torch.stack(all_probs, dim=1),
+        )
