@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
@@ -228,14 +229,23 @@ def _trace_graphs(
                 pair.drafter_sources(capacity),
             )
         )
-    for role, contract in sampler_contracts(config.vocab_size).items():
-        jobs.append((role, _SAMPLERS[role], contract, {}))
     graphs: dict[str, _Graph] = {}
-    for done, (role, build, contract, sources) in enumerate(jobs):
-        report("tracing", done, len(jobs))
+    samplers = sampler_contracts(config.vocab_size)
+    total = len(jobs) + len(samplers)
+    for role, build, contract, sources in jobs:
+        report("tracing", len(graphs), total)
         graphs[role] = _Graph(trace(build, contract, lowering), contract, sources)
-    report("tracing", len(jobs), len(jobs))
+    for role, contract in samplers.items():
+        report("tracing", len(graphs), total)
+        graphs[role] = _Graph(_trace_sampler(role, config.vocab_size, options.lowering), contract, {})
+    report("tracing", total, total)
     return graphs
+
+
+@lru_cache(maxsize=12)
+def _trace_sampler(role: str, vocab_size: int, lowering: str) -> ir.Model:
+    """A sampler graph; it depends on nothing else, so that exporting many bundles traces it once. Do not change it."""
+    return trace(_SAMPLERS[role], sampler_contracts(vocab_size)[role], get_lowering(lowering))
 
 
 def _target_facts(pair: Pair, text_files: Mapping[str, bytes]) -> TargetFacts:

@@ -32,7 +32,7 @@ def _size(value: ir.Value) -> int:
     """Bytes of an initializer."""
     if value.shape is None or value.dtype is None:
         raise RuntimeError(f"initializer {value.name} has no shape or type")
-    return math.prod(int(size) for size in value.shape) * value.dtype.itemsize
+    return int(math.prod(int(size) for size in value.shape) * value.dtype.itemsize)
 
 
 def bytes_to_write(model: ir.Model, sources: Mapping[str, Source]) -> int:

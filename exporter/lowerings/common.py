@@ -110,7 +110,9 @@ def filter_threshold(op: Any, probs: Any, top_k: Any, top_p: Any, min_p: Any, po
     floor = op.Mul(op.Unsqueeze(min_p, ints(op, 1)), op.ReduceMax(ranked, ints(op, 2), keepdims=0))
     missing = op.ReduceMax(op.Cast(op.Less(held, goal), to=INT32), ints(op, 1), keepdims=0)
     reached = op.And(op.Equal(missing, op.Cast(scalar(op, 0), to=INT32)), op.Not(open_nucleus))
-    covered = op.Or(unlimited, op.Where(limited, op.LessOrEqual(top_k, size), reached))
+    by_rank = op.And(limited, op.LessOrEqual(top_k, size))  # ONNX Runtime has no Where on bool
+    by_mass = op.And(op.Not(limited), reached)
+    covered = op.Or(unlimited, op.Or(by_rank, by_mass))
     return op.Max(threshold, floor), op.Or(covered, op.GreaterOrEqual(size, vocabulary))
 
 

@@ -51,7 +51,7 @@ def cached_attention(
     present_key, present_value = write_cache(key, value, past_key, past_value, cache_lengths, positions, cos, sin)
     mask = common.visible(op, positions, past_key, causal)
     # Only Q, K, V and a mask: what TensorRT's parser takes. Grouped heads are the operator's own business.
-    output = op.Attention(
+    output, *_ = op.Attention(
         _rotate(query, heads, size, positions, cos, sin), present_key, present_value, mask, scale=scale
     )
     return common.merge_heads(op, output), present_key, present_value

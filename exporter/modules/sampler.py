@@ -159,7 +159,8 @@ class SamplingAcceptance(nn.Module):
         drafted = (draft_probs * (candidates == drafts[..., None]).to(probs.dtype)).sum(dim=-1)
         wanted = probs.gather(2, drafts[..., None]).squeeze(-1)
         sampled_matches = accept_uniforms * drafted < wanted
-        matches = torch.where(greedy[:, None], drafts == choices, sampled_matches)
+        is_greedy = greedy[:, None]  # ONNX Runtime has no Where on bool
+        matches = (is_greedy & (drafts == choices)) | (~is_greedy & sampled_matches)
         accepted = _accepted_lengths(matches, rows, verify_lengths)
 
         final = _at_row(probs, accepted)  # [B, V]

@@ -1,0 +1,134 @@
+"""The engine protocol: what the runtime needs of a backend that executes a bundle's graphs.
+
+A call is bound once per shape and run many times: the runtime writes a few integers into host-visible buffers, runs the
+call, and reads a few integers back. Buffers are shared between graphs (the target's logits are the sampler's input), so
+nothing of vocabulary size is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_edge.engines.bundle import Bundle
+from dspark_edge.engines.errors import EngineError
+from dspark_edge.engines.manifest import GraphSpec, TensorSpec
+
+__all__ = ["NUMPY_DTYPES", "Buffer", "Call", "Engine", "HostArray", "check_binding", "checked_buffer"]
+
+HostArray = npt.NDArray[Any]
+
+
+class Buffer(Protocol):
+    """Typed memory of an engine, of fixed shape."""
+
+    @property
+    def dtype(self) -> str:
+        """The manifest's name of the element type, for example "float32"."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def write(self, values: npt.ArrayLike) -> None:
+        """Copy values from the host into the buffer; they broadcast to its shape."""
+
+    def read(self) -> HostArray:
+        """The content on the host; valid until the next run of a call that writes the buffer."""
+
+
+class Call(Protocol):
+    """A graph bound to buffers."""
+
+    def run(self) -> None:
+        """Execute; returns when results can be read.
+
+        Raises:
+            EngineError: the backend failed.
+        """
+
+
+class Engine(Protocol):
+    """A backend with a bundle's graphs. A context manager; `close` may be called twice."""
+
+    @property
+    def bundle(self) -> Bundle: ...
+
+    def allocate(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        """Zero-filled memory for a graph's input or output.
+
+        Raises:
+            EngineError: the type is not supported here, or memory is short.
+        """
+
+    def bind(self, role: str, buffers: Mapping[str, Buffer]) -> Call:
+        """Bind a graph's inputs and outputs to buffers.
+
+        Every input needs one. Outputs that alias an input take its buffer by themselves; other outputs are computed
+        into the buffers that are given, and those without one are not delivered.
+
+        Raises:
+            EngineError: a buffer is missing or does not fit the contract, or the graph cannot be loaded.
+        """
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
+def checked_buffer(spec: TensorSpec, buffer: Buffer, sizes: dict[str, int], where: str) -> Buffer:
+    """The buffer, if it fits its tensor's contract; symbolic sizes are collected in `sizes` and must agree.
+
+    Raises:
+        EngineError: it does not fit.
+    """
+    fits = buffer.dtype == spec.dtype and len(buffer.shape) == len(spec.shape)
+    for given, expected in zip(buffer.shape, spec.shape, strict=False):
+        fits = fits and given == (sizes.setdefault(expected, given) if isinstance(expected, str) else expected)
+    if not fits:
+        shape = [sizes.get(size, size) if isinstance(size, str) else size for size in spec.shape]
+        raise EngineError(
+            f"{where}: {spec.name!r} is bound to {buffer.dtype} {list(buffer.shape)}, expected {spec.dtype} {shape}"
+        )
+    return buffer
+
+
+def check_binding(role: str, graph: GraphSpec, buffers: Mapping[str, Buffer]) -> dict[str, Buffer]:
+    """Buffers of a graph by output name, aliases resolved, after checking all against the contract.
+
+    Raises:
+        EngineError: an input has no buffer, a name is unknown, or a type or shape does not fit.
+    """
+    names = {spec.name for spec in (*graph.inputs, *graph.outputs)}
+    unknown = sorted(buffers.keys() - names)
+    if unknown:
+        raise EngineError(f"{role}: no input or output is called {', '.join(unknown)}")
+    sizes: dict[str, int] = {}
+    for spec in graph.inputs:
+        if spec.name not in buffers:
+            raise EngineError(f"{role}: no buffer is bound to the input {spec.name!r}")
+        checked_buffer(spec, buffers[spec.name], sizes, role)
+    outputs: dict[str, Buffer] = {}
+    for spec in graph.outputs:
+        source = graph.aliases.get(spec.name)
+        buffer = buffers.get(spec.name) if source is None else buffers[source]
+        if buffer is not None:
+            outputs[spec.name] = checked_buffer(spec, buffer, sizes, role)
+    return outputs
+
+
+NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "int64": np.dtype(np.int64),
+    "int32": np.dtype(np.int32),
+    "bool": np.dtype(np.bool_),
+}
+"""The types that numpy has, too; bfloat16 is not among them."""
