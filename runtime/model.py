@@ -1,0 +1,292 @@
+"""Target, drafter and sampler of a bundle on an engine, for one sequence at a time.
+
+Calls are bound once per shape and kept; what changes from round to round is a few integers in small buffers. The
+target's logits go from graph to graph in the engine's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dspark_edge.engines.engine import Buffer, Call, Engine
+from dspark_edge.engines.manifest import GraphSpec, TensorSpec
+from dspark_edge.runtime.round import NO_DRAFT, Candidates, Draft, Request, Verdict
+from dspark_edge.runtime.sampling import RandomStream, SamplingParams
+
+__all__ = ["Caches", "ModelDrafter", "ModelVerifier"]
+
+_CACHE_PREFIXES = ("past_key_values.", "drafter.past.")
+# Caches of symbolic capacity start here and double: operators whose cost follows the capacity stay cheap at first.
+_FIRST_CAPACITY = 512
+# How many likely tokens top-p and top-k sort at first; rarely too few, and then the whole vocabulary is sorted.
+_FILTER_POOL = 1024
+
+
+class Caches:
+    """Key/value buffers of target and drafter, updated in place by both graphs.
+
+    Args:
+        engine: allocates them.
+        limit: most slots they may have; the bundle's capacity.
+    """
+
+    def __init__(self, engine: Engine, limit: int) -> None:
+        graphs = engine.bundle.manifest.graphs
+        specs = {
+            spec.name: spec
+            for role in ("target", "drafter")
+            if role in graphs
+            for spec in graphs[role].inputs
+            if spec.name.startswith(_CACHE_PREFIXES)
+        }
+        self._engine, self._limit = engine, limit
+        self._specs: Sequence[TensorSpec] = tuple(specs.values())
+        self._growing = any("capacity" in spec.shape for spec in self._specs)
+        self.version = 0  # changes when buffers do: calls bound to the old ones are void
+        self.capacity = min(_FIRST_CAPACITY, limit) if self._growing else limit
+        self.buffers = self._allocate(self.capacity)
+
+    def ensure(self, length: int) -> None:
+        """Make room for `length` slots (at most the limit), keeping what is cached."""
+        if length <= self.capacity or self.capacity == self._limit:
+            return
+        capacity = self.capacity
+        while capacity < length:
+            capacity *= 2
+        capacity = min(capacity, self._limit)
+        grown = self._allocate(capacity)
+        for name, buffer in grown.items():
+            wider = buffer.read().copy()
+            wider[:, :, : self.capacity] = self.buffers[name].read()
+            buffer.write(wider)
+        self.buffers, self.capacity = grown, capacity
+        self.version += 1
+
+    def of(self, graph: GraphSpec) -> dict[str, Buffer]:
+        """The buffers that a graph takes."""
+        return {spec.name: self.buffers[spec.name] for spec in graph.inputs if spec.name in self.buffers}
+
+    def _allocate(self, capacity: int) -> dict[str, Buffer]:
+        sizes = {"batch": 1, "capacity": capacity}
+        return {
+            spec.name: self._engine.allocate(
+                spec.dtype, tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
+            )
+            for spec in self._specs
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _TargetCall:
+    """The target bound at one width."""
+
+    call: Call
+    input_ids: Buffer  # [1, W]
+    logits: Buffer  # [1, N, V]
+
+
+class _SamplerCall:
+    """A sampler graph bound to one logits buffer and one drafter's candidates."""
+
+    def __init__(self, engine: Engine, role: str, logits: Buffer, candidates: Candidates) -> None:
+        self._rows = logits.shape[1]
+        graph = engine.bundle.manifest.graphs[role]
+        given = {
+            "logits": logits,
+            "draft_ids": candidates.draft_ids,
+            "candidate_ids": candidates.candidate_ids,
+            "candidate_probs": candidates.candidate_probs,
+        }
+        sizes = {"batch": 1, "rows": self._rows}
+        self._buffers: dict[str, Buffer] = {}
+        for spec in (*graph.inputs, *graph.outputs):
+            shape = tuple(sizes.get(size, 0) if isinstance(size, str) else size for size in spec.shape)
+            self._buffers[spec.name] = given.get(spec.name) or engine.allocate(spec.dtype, shape)
+        self._call = engine.bind(role, self._buffers)
+        self._vocabulary = logits.shape[2]
+        self._drawing = "accept_uniforms" in self._buffers
+        self._filtering = "pool" in self._buffers
+
+    def configure(self, params: SamplingParams) -> None:
+        """Write what stays the same for a whole request."""
+        values = {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
+        for name, value in values.items():
+            if name in self._buffers:
+                self._buffers[name].write(value)
+
+    def accept(self, verify_length: int, random: RandomStream) -> Verdict:
+        buffers = self._buffers
+        buffers["verify_lengths"].write(verify_length)
+        if self._drawing:
+            buffers["accept_uniforms"].write(random.uniforms(1, self._rows))
+            buffers["sample_uniforms"].write(random.uniforms(1))
+        if self._filtering:
+            buffers["pool"].write(min(_FILTER_POOL, self._vocabulary))
+        self._call.run()
+        if self._filtering and not buffers["covered"].read()[0]:
+            buffers["pool"].write(self._vocabulary)
+            self._call.run()
+        accepted = int(buffers["accepted_lengths"].read()[0])
+        log_probs = buffers["log_probs"].read()[0, : accepted + 1].tolist()
+        return Verdict(accepted, int(buffers["next_ids"].read()[0]), tuple(log_probs))
+
+
+def _sampler_role(params: SamplingParams) -> str:
+    if params.greedy:
+        return "sampler_greedy"
+    return "sampler_filtered" if params.filtered else "sampler"
+
+
+class ModelVerifier:
+    """The target graph with the sampler behind it.
+
+    Args:
+        engine: executes the graphs.
+        prefill_chunk: most tokens of one prefill call; bounds the memory of activations.
+    """
+
+    def __init__(self, engine: Engine, prefill_chunk: int) -> None:
+        manifest = engine.bundle.manifest
+        self._engine = engine
+        self._graph = manifest.graphs["target"]
+        self._vocabulary = manifest.target.vocab_size
+        self._widest_kept = manifest.drafter.block_size + 1
+        self._chunk = prefill_chunk
+        self._capacity = manifest.limits.capacity
+        self.caches = Caches(engine, self._capacity)
+        self._cache_lengths = engine.allocate("int64", (1,))
+        self._logits: dict[int, Buffer] = {}
+        self._calls: dict[tuple[int, int], _TargetCall] = {}
+        self._samplers: dict[tuple[str, int, int], _SamplerCall] = {}
+        self._calls_version = self.caches.version
+        self._configured: tuple[_SamplerCall, Request] | None = None
+        self._nothing_drafted = Candidates(
+            engine.allocate("int64", (1, 1)),
+            engine.allocate("int64", (1, 1, 1)),
+            engine.allocate("float32", (1, 1, 1)),
+        )
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    def prefill(self, request: Request) -> Verdict:
+        """Cache the rest of the sequence's tokens in chunks, and draw the first token behind them."""
+        sequence = request.sequence
+        token_ids = sequence.token_ids
+        while True:
+            start = sequence.cache_length
+            chunk = token_ids[start : start + self._chunk]
+            target = self._run_target(chunk, start, rows=1)
+            sequence.cache_length += len(chunk)
+            if sequence.cache_length == len(token_ids):
+                return self._accept(request, target.logits, NO_DRAFT, 0)
+
+    def verify(self, request: Request, draft: Draft, verify_length: int) -> Verdict:
+        sequence = request.sequence
+        token_ids = [sequence.anchor, *draft.token_ids[:verify_length]]
+        target = self._run_target(token_ids, sequence.cache_length, rows=len(token_ids))
+        return self._accept(request, target.logits, draft, verify_length)
+
+    def _run_target(self, token_ids: Sequence[int], start: int, rows: int) -> _TargetCall:
+        """Run the target over tokens at positions start …, with logits for the last `rows` of them."""
+        self.caches.ensure(start + len(token_ids))
+        if self._calls_version != self.caches.version:
+            self._calls.clear()
+            self._calls_version = self.caches.version
+        width = len(token_ids)
+        target = self._calls.get((width, rows)) or self._bind_target(width, rows)
+        target.input_ids.write(token_ids)
+        self._cache_lengths.write(start)
+        target.call.run()
+        return target
+
+    def _bind_target(self, width: int, rows: int) -> _TargetCall:
+        allocate = self._engine.allocate
+        input_ids, logit_rows = allocate("int64", (1, width)), allocate("int64", (1, rows))
+        logit_rows.write(np.arange(width - rows, width))
+        logits = self._logits.get(rows)
+        if logits is None:
+            logits = self._logits[rows] = allocate("float32", (1, rows, self._vocabulary))
+        buffers = {
+            "input_ids": input_ids,
+            "cache_lengths": self._cache_lengths,
+            "logit_rows": logit_rows,
+            "logits": logits,
+            **self.caches.of(self._graph),
+        }
+        target = _TargetCall(self._engine.bind("target", buffers), input_ids, logits)
+        if width <= self._widest_kept or width == self._chunk:  # a prompt's last chunk has any width: not kept
+            self._calls[width, rows] = target
+        return target
+
+    def _accept(self, request: Request, logits: Buffer, draft: Draft, verify_length: int) -> Verdict:
+        candidates = draft.candidates or self._nothing_drafted
+        role = _sampler_role(request.params)
+        key = (role, logits.shape[1], id(candidates))
+        sampler = self._samplers.get(key)
+        if sampler is None:
+            sampler = self._samplers[key] = _SamplerCall(self._engine, role, logits, candidates)
+        if self._configured is None or self._configured[0] is not sampler or self._configured[1] is not request:
+            sampler.configure(request.params)
+            self._configured = (sampler, request)
+        return sampler.accept(verify_length, request.random)
+
+
+class ModelDrafter:
+    """A trained drafter's graph; shares the verifier's caches.
+
+    Args:
+        engine: executes the graph.
+        caches: the verifier's.
+    """
+
+    def __init__(self, engine: Engine, caches: Caches) -> None:
+        manifest = engine.bundle.manifest
+        facts = manifest.drafter
+        self._engine, self._caches = engine, caches
+        self._graph = manifest.graphs["drafter"]
+        self._limit = manifest.limits.capacity
+        self._block_size, self._num_candidates = facts.block_size, facts.candidates
+        sizes = {"batch": 1}
+        self._buffers: dict[str, Buffer] = {}
+        for spec in (*self._graph.inputs, *self._graph.outputs):
+            # base_logits are for inspection; what is not bound is not delivered
+            if spec.name not in caches.buffers and spec.name not in self._graph.aliases and spec.name != "base_logits":
+                shape = tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
+                self._buffers[spec.name] = engine.allocate(spec.dtype, shape)
+        self._candidates = Candidates(
+            self._buffers["draft_ids"], self._buffers["candidate_ids"], self._buffers["candidate_probs"]
+        )
+        self._confidence_logits = self._buffers.get("confidence_logits")
+        self._call: Call | None = None
+        self._call_version = -1
+
+    @property
+    def block_size(self) -> int:
+        return self._block_size
+
+    def draft(self, request: Request) -> Draft:
+        start = request.sequence.cache_length
+        if start + self._block_size > self._limit:  # the block's own keys and values have no room
+            return NO_DRAFT
+        self._caches.ensure(start + self._block_size)
+        if self._call is None or self._call_version != self._caches.version:
+            self._call = self._engine.bind("drafter", {**self._buffers, **self._caches.of(self._graph)})
+            self._call_version = self._caches.version
+        buffers, params = self._buffers, request.params
+        buffers["anchor_ids"].write(request.sequence.anchor)
+        buffers["cache_lengths"].write(start)
+        buffers["temperature"].write(params.temperature)
+        if params.greedy:
+            buffers["noise"].write(0.0)
+        else:
+            buffers["noise"].write(request.random.gumbels(1, self._block_size, self._num_candidates))
+        self._call.run()
+        confidence = None
+        if self._confidence_logits is not None:
+            confidence = tuple(self._confidence_logits.read()[0].tolist())
+        return Draft(tuple(buffers["draft_ids"].read()[0].tolist()), confidence, self._candidates)
