@@ -7,31 +7,28 @@ graphs judge those drafts, so that every graph is met at several widths and cach
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from dspark_edge.engines.bundle import Bundle
-from dspark_edge.engines.engine import Buffer, Engine, HostArray
+from dspark_edge.engines.engine import Engine, HostArray
 from dspark_edge.engines.errors import InvalidInputError, MismatchError
 from dspark_edge.engines.manifest import Manifest, TensorSpec
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.exporter.export import Pair, open_pair
+from dspark_edge.exporter.graph_runner import GraphRunner
 from dspark_edge.exporter.modules.sampler import FilteredAcceptance, GreedyAcceptance, SamplingAcceptance
+from dspark_edge.exporter.parity_report import OutputErrors, ParityReport, ParityRow, render
 from dspark_edge.exporter.weights import Source, load_module
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-__all__ = ["TOLERANCES", "GraphRunner", "ParityReport", "ParityRow", "compare_bundle", "render"]
+__all__ = ["TOLERANCES", "ParityReport", "ParityRow", "compare_bundle", "render"]
 
 TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1.5e-1}
 """Precision → largest error, as a fraction of the output's largest magnitude where that is above 1.
@@ -52,180 +49,6 @@ _SAMPLER_AGREEMENT = 0.9
 
 EngineFactory = Callable[[Bundle], Engine]
 Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ParityRow:
-    """One output, over all calls."""
-
-    name: str
-    max_abs_error: float
-    max_rel_error: float  # the largest error as a fraction of the reference's largest magnitude
-    mean_abs_error: float
-    top1_agreement: float | None  # fraction of rows with the same best token, of drafts or judgements that agree
-    tolerance: float  # on max_abs_error, scaled up where the reference's largest magnitude is above 1
-    passed: bool
-    worst: str | None = None  # which of several tensors has the largest error
-
-
-@dataclass(frozen=True, slots=True)
-class ParityReport:
-    """What `compare_bundle` found."""
-
-    bundle: str
-    lowering: str
-    precision: str
-    positions: int  # tokens that were compared
-    rows: tuple[ParityRow, ...]
-
-    @property
-    def passed(self) -> bool:
-        return all(row.passed for row in self.rows)
-
-    def to_json(self) -> dict[str, object]:
-        """The report as JSON values; an error that is not finite is null."""
-        rows = [
-            {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-            for row in map(asdict, self.rows)
-        ]
-        return {
-            "bundle": self.bundle,
-            "lowering": self.lowering,
-            "precision": self.precision,
-            "positions": self.positions,
-            "passed": self.passed,
-            "rows": rows,
-        }
-
-
-def render(report: ParityReport, console: Console) -> None:
-    """Print a report as a table."""
-    from rich.table import Table
-
-    table = Table(title=f"{report.bundle}: {report.lowering}, {report.precision}, {report.positions} positions")
-    table.add_column("output")
-    for column in ("max abs", "max rel", "mean abs", "agreement", "tolerance"):
-        table.add_column(column, justify="right")
-    table.add_column("")
-    for row in report.rows:
-        agreement = "" if row.top1_agreement is None else f"{row.top1_agreement:.2%}"
-        errors = (row.max_abs_error, row.max_rel_error, row.mean_abs_error)
-        name = row.name if row.worst is None or row.passed else f"{row.name} (worst: {row.worst})"
-        verdict = "[green]ok[/green]" if row.passed else "[red]FAILED[/red]"
-        table.add_row(name, *(f"{error:.1e}" for error in errors), agreement, f"{row.tolerance:.0e}", verdict)
-    console.print(table)
-
-
-class GraphRunner:
-    """A bundle's graphs on an engine, with caches; for checking, not for speed: every call binds anew.
-
-    Args:
-        engine: runs the graphs.
-        capacity: cache slots where the bundle leaves that open; a bundle with a static capacity keeps its own.
-        batch: sequences.
-    """
-
-    def __init__(self, engine: Engine, capacity: int, batch: int = 1) -> None:
-        self.engine = engine
-        self.lengths: HostArray = np.zeros(batch, np.int64)
-        self.caches: dict[str, Buffer] = {}
-        for graph in engine.bundle.manifest.graphs.values():
-            for name in graph.aliases.values():
-                spec = next(spec for spec in graph.inputs if spec.name == name)
-                if name not in self.caches:
-                    shape = _resolve(spec, {"batch": batch, "capacity": capacity})
-                    self.caches[name] = engine.allocate(spec.dtype, shape)
-
-    def run(self, role: str, inputs: Mapping[str, Any]) -> dict[str, HostArray]:
-        """Run a graph on these inputs and the caches; copies of all outputs that are no caches, by name.
-
-        Raises:
-            EngineError: an input is missing or does not fit, or the engine fails.
-        """
-        graph = self.engine.bundle.manifest.graphs[role]
-        buffers: dict[str, Buffer] = {}
-        sizes: dict[str, int] = {}
-        for spec in graph.inputs:
-            if spec.name in self.caches:
-                buffers[spec.name] = self.caches[spec.name]
-            elif spec.name in inputs:
-                values = np.asarray(inputs[spec.name])
-                buffers[spec.name] = self.engine.allocate(spec.dtype, values.shape)
-                buffers[spec.name].write(values)
-                sizes.update({str(name): size for name, size in zip(spec.shape, values.shape, strict=False)})
-        outputs = [spec for spec in graph.outputs if spec.name not in graph.aliases]
-        for spec in outputs:
-            buffers[spec.name] = self.engine.allocate(spec.dtype, _resolve(spec, sizes))
-        self.engine.bind(role, buffers).run()
-        return {spec.name: np.array(buffers[spec.name].read()) for spec in outputs}
-
-    def extend(self, token_ids: HostArray) -> HostArray:
-        """Run the target on token_ids [B, W] behind the valid part of the caches: logits of all rows [B, W, V]."""
-        batch, width = token_ids.shape
-        rows = np.broadcast_to(np.arange(width), (batch, width))
-        inputs = {"input_ids": token_ids, "cache_lengths": self.lengths, "logit_rows": rows}
-        logits = self.run("target", inputs)["logits"]
-        self.lengths = self.lengths + width
-        return logits
-
-    def draft(self, anchor_ids: HostArray, temperature: float, noise: HostArray) -> dict[str, HostArray]:
-        """Draft behind anchors [B] with noise [B, γ, K]; the caches stay valid up to the same lengths."""
-        inputs = {
-            "anchor_ids": anchor_ids,
-            "cache_lengths": self.lengths,
-            "temperature": np.full(len(anchor_ids), temperature, np.float32),
-            "noise": noise,
-        }
-        return self.run("drafter", inputs)
-
-
-def _resolve(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
-
-
-@dataclass(slots=True)
-class _Errors:
-    """Errors of one output, collected over calls."""
-
-    name: str
-    worst: str | None = None
-    largest: float = 0.0
-    magnitude: float = 0.0
-    total: float = 0.0
-    count: int = 0
-    agreeing: int = 0
-    ranked: int = 0
-
-    def add(self, given: HostArray, expected: HostArray, what: str | None = None) -> None:
-        if not expected.size:
-            return
-        wanted = np.asarray(expected, np.float64)
-        errors = np.abs(np.asarray(given, np.float64) - wanted)
-        errors = np.where(np.isnan(errors), np.inf, errors)
-        if what is not None and (self.worst is None or errors.max() > self.largest):
-            self.worst = what
-        self.largest = max(self.largest, float(errors.max()))
-        self.magnitude = max(self.magnitude, float(np.abs(wanted).max()))
-        self.total += float(errors.sum())
-        self.count += wanted.size
-
-    def agree(self, same: HostArray) -> None:
-        self.agreeing += int(same.sum())
-        self.ranked += same.size
-
-    def row(self, tolerance: float, agreement: float = 0.0) -> ParityRow:
-        """The verdict; `agreement` is the least fraction of agreeing rows."""
-        share = self.agreeing / self.ranked if self.ranked else None
-        return ParityRow(
-            name=self.name,
-            max_abs_error=self.largest,
-            max_rel_error=self.largest / self.magnitude if self.magnitude else self.largest,
-            mean_abs_error=self.total / self.count if self.count else 0.0,
-            top1_agreement=share,
-            tolerance=tolerance,
-            passed=self.largest <= tolerance * max(1.0, self.magnitude) and (share is None or share >= agreement),
-            worst=self.worst,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,12 +166,10 @@ def _reference(pair: Pair, manifest: Manifest, positions: int, seed: int) -> _Re
     generator = np.random.default_rng(seed)
     token_ids = generator.integers(0, pair.target_config.vocab_size, (1, positions + 1))
     slots = positions + manifest.drafter.block_size
-    names = [name for name in manifest.graphs["target"].aliases.values()]
+    specs = {spec.name: spec for spec in manifest.graphs["target"].inputs}
+    shapes = {name: specs[name].shape for name in manifest.graphs["target"].aliases.values()}
+    caches = [torch.zeros(1, int(shape[1]), slots, int(shape[3])) for shape in shapes.values()]
     count = 2 * pair.target_config.num_layers
-    caches = [
-        torch.zeros(1, *(size for size in _resolve(spec, {"batch": 1, "capacity": slots})[1:2]), slots, spec_size)
-        for spec, spec_size in _cache_specs(manifest, names)
-    ]
     target = _loaded(lambda: pair.build_target(slots, torch.float32), pair.target_sources(slots))
     logits = []
     for begin, end in _chunks(positions):
@@ -358,6 +179,162 @@ def _reference(pair: Pair, manifest: Manifest, positions: int, seed: int) -> _Re
         caches = [*own, *context]
         logits.append(part)
     del target
-    drafts = _reference_drafts(pair, manifest, token_ids, caches[count:], generator)
-    by_name = {name: cache.numpy() for name, cache in zip(names, caches, strict=True)}
+    drafts: tuple[_DraftCase, ...] = ()
+    if pair.drafter is not None:
+        drafts = _reference_drafts(pair, manifest, token_ids, caches[count:], generator)
+    by_name = {name: cache.numpy() for name, cache in zip(shapes, caches, strict=True)}
     return _Reference(token_ids, torch.cat(logits, dim=1).numpy(), by_name, drafts)
+
+
+def _reference_drafts(
+    pair: Pair, manifest: Manifest, token_ids: HostArray, context: list[torch.Tensor], generator: np.random.Generator
+) -> tuple[_DraftCase, ...]:
+    """Blocks behind every chunk, greedy and drawn. The context may reach beyond an anchor: no block looks there."""
+    facts, slots = manifest.drafter, context[0].shape[2]
+    build = pair.build_drafter
+    drafter = _loaded(lambda: build(slots, facts.candidates, None, torch.float32), pair.drafter_sources(slots))
+    names = [spec.name for spec in manifest.graphs["drafter"].outputs]
+    shape = (1, facts.block_size, facts.candidates)
+    cases = []
+    for _, length in _chunks(token_ids.shape[1] - 1):
+        noises = {0.0: np.zeros(shape, np.float32), 1.0: generator.gumbel(size=shape).astype(np.float32)}
+        for temperature, noise in noises.items():
+            ids, confidences, candidates, probs, base, _ = drafter(
+                torch.from_numpy(token_ids[:, length]),
+                torch.tensor([length]),
+                torch.tensor([temperature]),
+                torch.from_numpy(noise),
+                context,
+            )
+            given = [ids, *([] if confidences is None else [confidences]), candidates, probs, base]
+            # strict=False: the caches come last in the contract, and are compared after the whole sequence.
+            expected = {name: tensor.numpy() for name, tensor in zip(names, given, strict=False)}
+            cases.append(_DraftCase(length, temperature, noise, expected))
+    return tuple(cases)
+
+
+def _compare_models(
+    runner: GraphRunner, reference: _Reference, tolerance: float, report: Report
+) -> list[ParityRow]:
+    """Rows of the target's and the drafter's outputs."""
+    manifest = runner.engine.bundle.manifest
+    positions = reference.logits.shape[1]
+    logits = OutputErrors("logits")
+    drafted = {spec.name: OutputErrors(spec.name) for spec in _draft_outputs(manifest)}
+    for begin, end in _chunks(positions):
+        report("engine", begin, positions)
+        given, expected = runner.extend(reference.token_ids[:, begin:end]), reference.logits[:, begin:end]
+        logits.add(given, expected)
+        logits.agree(given.argmax(-1) == expected.argmax(-1))
+        for case in reference.drafts:
+            if case.length == end:
+                _add_draft(drafted, runner.draft(reference.token_ids[:, end], case.temperature, case.noise), case)
+    report("engine", positions, positions)
+    caches: dict[str, OutputErrors] = {}
+    for output, name in manifest.graphs["target"].aliases.items():
+        prefix, _, kind = output.rpartition(".")
+        label = f"{prefix.rpartition('.')[0]}.{kind}"  # one row for all layers
+        valid = np.asarray(runner.caches[name].read())[:, :, :positions]
+        caches.setdefault(label, OutputErrors(label)).add(valid, reference.caches[name][:, :, :positions], output)
+    return [errors.row(tolerance) for errors in (logits, *caches.values(), *drafted.values())]
+
+
+def _draft_outputs(manifest: Manifest) -> list[TensorSpec]:
+    """What is compared of a block; candidate ids are, with their probabilities."""
+    if "drafter" not in manifest.graphs:
+        return []
+    graph = manifest.graphs["drafter"]
+    return [spec for spec in graph.outputs if spec.name not in graph.aliases and spec.name != "candidate_ids"]
+
+
+def _add_draft(errors: Mapping[str, OutputErrors], given: Mapping[str, HostArray], case: _DraftCase) -> None:
+    """Compare a block, as far as both sides saw the same draft tokens: each step depends on the one before.
+
+    A draft may differ at a near tie. What must hold is that it is the best of its own candidates, and that their
+    probabilities are right; the error of `draft_ids` is by how much another candidate was better.
+    """
+    expected = case.expected
+    where = f"block at {case.length}, temperature {case.temperature:g}"
+    same = given["draft_ids"][0] == expected["draft_ids"][0]
+    steps = len(same) if same.all() else int(same.argmin()) + 1
+    errors["draft_ids"].agree(same[:steps])
+    for name in ("confidence_logits", "base_logits"):
+        if name in errors:
+            compared = steps if name == "confidence_logits" else len(same)
+            errors[name].add(given[name][:, :compared], expected[name][:, :compared], where)
+    best = [values["base_logits"].argmax(-1) for values in (given, expected)]
+    errors["base_logits"].agree(best[0] == best[1])
+    for step in range(steps):
+        ids, probs = given["candidate_ids"][0, step], given["candidate_probs"][0, step]
+        wanted = (expected["candidate_ids"][0, step], expected["candidate_probs"][0, step])
+        errors["candidate_probs"].add(*_by_token(ids, probs, *wanted), where)
+        scores = np.log(np.maximum(probs, 1e-30)) + case.noise[0, step]
+        own = scores[ids == given["draft_ids"][0, step]]
+        lead = scores.max() - own[0] if len(own) == 1 else np.inf
+        errors["draft_ids"].add(np.array([lead]), np.zeros(1), where)
+
+
+def _by_token(
+    ids: HostArray, probs: HostArray, expected_ids: HostArray, expected_probs: HostArray
+) -> tuple[HostArray, HostArray]:
+    """Both sides' probabilities of all tokens that either has among its candidates [K].
+
+    A token that only one side has was a near tie with the other's least likely candidate, and counts as that there.
+    """
+    tokens = np.union1d(ids, expected_ids)
+    sides = []
+    for side_ids, side_probs in ((ids, probs), (expected_ids, expected_probs)):
+        values = np.full(len(tokens), side_probs.min(), np.float64)
+        values[np.searchsorted(tokens, side_ids)] = side_probs
+        sides.append(values)
+    return sides[0], sides[1]
+
+
+def _judged(reference: _Reference, block: int, seed: int) -> Iterator[dict[str, HostArray]]:
+    """Inputs of the sampler graphs: rows of target logits, and drafts to judge by them."""
+    generator = np.random.default_rng(seed)
+    _, positions, vocabulary = reference.logits.shape
+    width = min(block, positions - 1)
+    for case in reference.drafts or (None,) * 8:
+        begin = int(generator.integers(0, positions - width))
+        logits = reference.logits[:, begin : begin + width + 1]
+        if case is None:  # a drafter without probabilities: often the target's own choice, always certain
+            ids = np.where(generator.random((1, block)) < 0.7, logits.argmax(-1)[:, :1], 0).astype(np.int64)
+            candidates, probs = ids[..., None], np.ones((1, block, 1), np.float32)
+        else:
+            ids, candidates = case.expected["draft_ids"], case.expected["candidate_ids"]
+            probs = case.expected["candidate_probs"]
+        yield {
+            "logits": logits,
+            "draft_ids": ids,
+            "verify_lengths": np.array([width]),
+            "candidate_ids": candidates,
+            "candidate_probs": probs,
+            "accept_uniforms": generator.random((1, width + 1), np.float32),
+            "sample_uniforms": generator.random(1, np.float32),
+            "temperature": np.array([generator.choice([0.0, 0.7, 1.0])], np.float32),
+            "top_k": np.array([generator.choice([0, 5, 40])]),
+            "top_p": np.array([generator.choice([0.8, 0.95, 1.0])], np.float32),
+            "min_p": np.array([generator.choice([0.0, 0.05])], np.float32),
+            "pool": np.array([min(256, vocabulary)]),
+        }
+
+
+@torch.no_grad()
+def _compare_sampler(runner: GraphRunner, reference: _Reference, role: str, seed: int) -> ParityRow:
+    """One row: log-probabilities, and whether accepted length and next token agree. fp32 in every bundle."""
+    manifest = runner.engine.bundle.manifest
+    graph = manifest.graphs[role]
+    errors = OutputErrors(role)
+    for inputs in _judged(reference, manifest.drafter.block_size, seed):
+        taken = {spec.name: inputs[spec.name] for spec in graph.inputs}
+        given = runner.run(role, taken)
+        values = _SAMPLERS[role]()(*(torch.from_numpy(np.ascontiguousarray(array)) for array in taken.values()))
+        expected = {spec.name: tensor.numpy() for spec, tensor in zip(graph.outputs, values, strict=True)}
+        names = expected.keys() - {"log_probs"}
+        same = all(np.array_equal(given[name], expected[name]) for name in names)
+        errors.agree(np.array([same]))
+        if same:
+            rows = int(expected["accepted_lengths"][0]) + 1
+            errors.add(given["log_probs"][:, :rows], expected["log_probs"][:, :rows])
+    return errors.row(TOLERANCES["fp32"], _SAMPLER_AGREEMENT)

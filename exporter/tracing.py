@@ -74,8 +74,9 @@ def _map_inputs(contract: GraphContract, convert: Callable[[TensorSpec], Any]) -
 
 @contextmanager
 def _quiet() -> Any:
-    """Keep the exporter's chatter (absent torchvision, deprecations inside torch) away from users."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
+    """Keep the exporter's chatter (absent torchvision, parameters without data) away from users."""
+    names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -153,7 +154,8 @@ def trace(build: Callable[[], nn.Module], contract: GraphContract, lowering: Low
     model: ir.Model = exported.model
     for initializer in model.graph.initializers.values():
         initializer.const_value = None
-    onnxscript.optimizer.optimize_ir(model)
+    with _quiet():
+        onnxscript.optimizer.optimize_ir(model)
     _name_dimensions(model.graph, contract)
     # Every layer derives the same positions and masks from cache_lengths; one of each is enough.
     common_passes.CommonSubexpressionEliminationPass()(model)

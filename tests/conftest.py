@@ -1,0 +1,74 @@
+"""Fixtures that several folders of tests share. Nothing here imports torch: runtime tests run where it is not."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ReferenceBundle = Callable[..., Path]
+
+
+def _unhook_torch_trace() -> None:
+    """pytest attaches its handlers to loggers that do not propagate; with one, torch writes a trace of all it does."""
+    logging.getLogger("torch.__trace").propagate = True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untraced_torch() -> None:
+    """Tracing a graph takes a quarter of the time when torch does not log it."""
+    _unhook_torch_trace()
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """The tiny reference checkpoints and their records; see the README.md there."""
+    return Path(__file__).parent / "data" / "reference"
+
+
+@pytest.fixture(scope="session")
+def session_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test run that all pytest-xdist workers share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export_once(session_dir: Path) -> Callable[..., Path]:
+    """`export_once(name, target, drafter, **options)`: the bundle, exported when a test first asks for the name."""
+
+    def export(name: str, target: str | Path, drafter: str | Path, **options: Any) -> Path:
+        pytest.importorskip("torch", reason="exporting needs the [export] extra")
+        from dspark_edge.exporter.export import ExportOptions, export_bundle
+
+        _unhook_torch_trace()  # it may have been imported just now
+        folder = session_dir / name
+        with open(session_dir / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():  # appears as a whole or not at all
+                export_bundle(target, drafter, folder, ExportOptions(**options))
+        return folder
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def reference_bundle(export_once: Callable[..., Path], reference_dir: Path) -> ReferenceBundle:
+    """`reference_bundle(target, drafter, lowering="ort")`: a reference pair's bundle of 512 cache slots.
+
+    Target and drafter are folders of `reference_dir` (`drafter` may be "ngram").
+    """
+
+    def bundle(target: str, drafter: str, lowering: str = "ort") -> Path:
+        source = drafter if drafter == "ngram" else reference_dir / drafter
+        name = f"{target}-{drafter}-{lowering}"
+        return export_once(name, reference_dir / target, source, lowering=lowering, capacity=512)
+
+    return bundle

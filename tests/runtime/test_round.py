@@ -1,0 +1,98 @@
+"""The round on a scripted model: no weights, every rejection position."""
+
+from __future__ import annotations
+
+import pytest
+from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.runtime.round import NO_DRAFT, Draft, Request, decode_round, static_policy
+from dspark_edge.runtime.sampling import RandomStream, SamplingParams
+from dspark_edge.runtime.sequence import Sequence
+
+from .scripted import ScriptedDrafter, ScriptedVerifier, scripted_next
+
+PROMPT = [3, 1, 4, 1, 5]
+
+
+def make_request(prompt: list[int] = PROMPT) -> Request:
+    return Request(Sequence(list(prompt), len(prompt), len(prompt) - 1), SamplingParams(), RandomStream(0))
+
+
+def plain(length: int) -> list[int]:
+    token_ids = list(PROMPT)
+    while len(token_ids) < length:
+        token_ids.append(scripted_next(token_ids))
+    return token_ids
+
+
+@pytest.mark.parametrize("right", range(6))
+def test_a_rejection_at_every_position_gives_the_plain_tokens(right: int) -> None:
+    request, verifier = make_request(), ScriptedVerifier()
+    rounds = [decode_round(request, verifier, ScriptedDrafter(right), static_policy(5)) for _ in range(10)]
+    assert [one.accepted_length for one in rounds] == [right + 1] * 10
+    assert request.sequence.token_ids == plain(len(request.sequence.token_ids))
+    assert len(request.sequence.token_ids) == len(PROMPT) + 10 * (right + 1)
+
+
+@pytest.mark.parametrize("verify_length", range(6))
+def test_the_verify_length_bounds_what_is_sent_and_accepted(verify_length: int) -> None:
+    request, verifier = make_request(), ScriptedVerifier()
+    record = decode_round(request, verifier, ScriptedDrafter(right=5), static_policy(verify_length))
+    assert (record.drafted, record.verify_length, record.accepted_length) == (5, verify_length, verify_length + 1)
+    assert verifier.widths == [verify_length + 1]
+    assert request.sequence.token_ids == plain(len(PROMPT) + verify_length + 1)
+
+
+def test_without_a_drafter_a_round_is_a_plain_step() -> None:
+    request, verifier = make_request(), ScriptedVerifier()
+    record = decode_round(request, verifier, None, static_policy(0))
+    assert (record.drafted, record.verify_length, record.accepted_length) == (0, 0, 1)
+    assert verifier.widths == [1]
+
+
+def test_a_block_that_would_pass_the_capacity_is_shortened() -> None:
+    request, verifier = make_request(), ScriptedVerifier(capacity=len(PROMPT) + 8)
+    accepted = []
+    while request.sequence.cache_length < verifier.capacity:
+        record = decode_round(request, verifier, ScriptedDrafter(right=5), static_policy(5))
+        accepted.append(record.accepted_length)
+    assert accepted == [6, 3]  # the last round has room for the anchor and two drafts
+    assert request.sequence.token_ids == plain(len(request.sequence.token_ids))
+
+
+def test_the_last_slot_is_decoded_plainly_without_asking_the_drafter() -> None:
+    class Unwanted(ScriptedDrafter):
+        def draft(self, request: Request) -> Draft:
+            raise AssertionError("there is no room for a draft")
+
+    request, verifier = make_request(), ScriptedVerifier(capacity=len(PROMPT))
+    assert decode_round(request, verifier, Unwanted(5), static_policy(5)).verify_length == 0
+
+
+def test_static_policy_takes_what_there_is() -> None:
+    policy = static_policy(4)
+    assert policy(Draft((1, 2, 3, 4, 5)), 10) == 4
+    assert policy(Draft((1, 2)), 10) == 2
+    assert policy(Draft((1, 2, 3, 4, 5)), 3) == 3
+    assert policy(NO_DRAFT, 10) == 0
+
+
+def test_committing_caches_everything_but_the_anchor() -> None:
+    sequence = Sequence([1, 2, 3], 3, 2)
+    sequence.commit((4, 5), (-0.5, -0.25))
+    assert (sequence.token_ids, sequence.cache_length, sequence.anchor) == ([1, 2, 3, 4, 5], 4, 5)
+    assert (sequence.new_ids, sequence.num_new, sequence.log_probs) == ([4, 5], 2, [-0.5, -0.25])
+
+
+def test_rolling_back_drops_tokens_and_frees_their_slots() -> None:
+    sequence = Sequence([1, 2, 3], 3, 2)
+    sequence.commit((4, 5, 6), (-1.0, -2.0, -3.0))
+    sequence.rollback_to(4)
+    assert (sequence.token_ids, sequence.cache_length, sequence.log_probs) == ([1, 2, 3, 4], 4, [-1.0])
+    sequence.rollback_to(2)
+    assert (sequence.token_ids, sequence.prompt_length, sequence.cache_length, sequence.log_probs) == ([1, 2], 2, 2, [])
+
+
+@pytest.mark.parametrize("length", [-1, 4])
+def test_rolling_back_to_what_is_not_there_is_an_error(length: int) -> None:
+    with pytest.raises(InvalidInputError, match=f"cannot roll back to {length}"):
+        Sequence([1, 2, 3], 3, 2).rollback_to(length)
