@@ -26,10 +26,11 @@ _drafter_option = click.option("--drafter", required=True, help="A folder or Hug
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on stderr, one for each thing that is being done."""
+    """Progress bars on a terminal's stderr, one for each thing that is being done."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:

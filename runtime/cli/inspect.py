@@ -23,7 +23,8 @@ def _verify(bundle: Bundle) -> tuple[str, ...]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("checking files", total=None)
         return bundle.verify(lambda done, total: progress.update(task, completed=done, total=total))
 
