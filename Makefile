@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 MODEL := SmolLM2-135M-Instruct.Q4_1.gguf
 TARGET := $(CACHE)/$(MODEL)
 BUNDLE := $(CACHE)/smollm2-bundle
+GENAI := $(CACHE)/smollm2-genai
 WHEEL = $$(ls $(DIST)/dspark_edge-*.whl)
 SAY = @printf '==> %s\n'
 # Python 3.10 gets ONNX Runtime 1.23, which reads opsets up to 23.
@@ -44,11 +45,9 @@ types: $(VENV)/.dev  ## check the types of the installed engines and runtime wit
 	$(SAY) "Checking types"
 	@$(BIN)/mypy -p dspark_edge.engines -p dspark_edge.runtime
 
-bench: $(VENV)/.bench $(BUNDLE)/manifest.json  ## run every benchmark on the demo bundle; BENCH_ARGS passes options on
-	@for script in benchmarks/*.py; do \
-		printf '==> %s\n' "$$script"; \
-		$(BIN)/python "$$script" $(BUNDLE) $(BENCH_ARGS) || exit 1; \
-	done
+bench: $(VENV)/.bench $(BUNDLE)/manifest.json $(GENAI)/model.onnx  ## measure on the demo's model; BENCH_ARGS passes options on
+	$(SAY) "Plain decoding: the bare session, this runtime, onnxruntime-genai"
+	@$(BIN)/python benchmarks/plain_decoding.py $(BUNDLE) --genai $(GENAI) $(BENCH_ARGS)
 
 clean:  ## remove everything that make wrote, the downloaded model included
 	rm -rf $(VENV) $(CACHE) $(DIST) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -97,3 +96,9 @@ $(TARGET): | $(VENV)/.tools
 $(BUNDLE)/manifest.json: | $(TARGET) $(VENV)/.export
 	$(SAY) "Exporting to $(BUNDLE)"
 	@$(BIN)/dspark-edge export --target $(TARGET) --drafter ngram --lowering $(LOWERING) -o $(BUNDLE)
+
+$(GENAI)/model.onnx: | $(TARGET) $(VENV)/.bench
+	$(SAY) "Converting the model for onnxruntime-genai"
+	@rm -rf $(GENAI) && mkdir -p $(CACHE)
+	@$(BIN)/python benchmarks/make_genai.py $(TARGET) $(GENAI) > $(CACHE)/genai.log 2>&1 || { \
+		cat $(CACHE)/genai.log; exit 1; }

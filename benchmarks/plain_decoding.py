@@ -6,9 +6,7 @@ Prints tokens/s as medians over interleaved repeats, and their ratios:
 
 - bare: the target graph at width 1 with everything bound, run again and again; nothing is read back;
 - plain and static: `Generator`, greedy; host is its time outside the graphs, a round;
-- genai (optional): a model folder of onnxruntime-genai with the same weights in fp32, for example from
-  `python -m onnxruntime_genai.models.builder -i HF_DIR -o DIR -p fp32 -e cpu`; `--make-genai` builds one from the
-  bundle's own weights first.
+- genai (optional): a model folder of onnxruntime-genai with the same weights, from benchmarks/make_genai.py.
 """
 
 from __future__ import annotations

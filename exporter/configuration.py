@@ -5,6 +5,7 @@ Older files write `rope_theta`, `rope_scaling` and `torch_dtype`; newer ones `ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,10 +103,11 @@ class _Reader:
         self.source = source
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key, default)
+        value = self.values.get(key)
+        value = default if value is None else value  # some files write null for what they leave to the default
         if value is None:
             raise CheckpointError(f"{self.source}: config.json has no {key!r}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise CheckpointError(f"{self.source}: {key!r} in config.json is {value!r}, expected a number")
         return float(value)
 
@@ -117,8 +119,15 @@ class _Reader:
             )
         return int(value)
 
+    def positive(self, key: str, default: float | None = None) -> float:
+        value = self.number(key, default)
+        if value <= 0:
+            raise CheckpointError(f"{self.source}: {key!r} in config.json is {value:g}, expected more than 0")
+        return value
+
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self.values.get(key, default)
+        value = self.values.get(key)
+        value = default if value is None else value
         if not isinstance(value, bool):
             raise CheckpointError(f"{self.source}: {key!r} in config.json is {value!r}, expected true or false")
         return value
@@ -148,18 +157,18 @@ def _read_rotary(reader: _Reader) -> RotaryConfig:
         raise CheckpointError(
             f"{reader.source}: rope scaling {kind!r} is not supported; supported: {', '.join(_ROTARY_TYPES)}"
         )
-    theta = inner.number("rope_theta", reader.number("rope_theta", 10000.0))
+    theta = inner.positive("rope_theta", reader.positive("rope_theta", 10000.0))
     if kind == "llama3":
         return RotaryConfig(
             theta,
             kind,
-            inner.number("factor"),
+            inner.positive("factor"),
             inner.number("low_freq_factor"),
             inner.number("high_freq_factor"),
             inner.count("original_max_position_embeddings"),
         )
     if kind == "linear":
-        return RotaryConfig(theta, kind, inner.number("factor"))
+        return RotaryConfig(theta, kind, inner.positive("factor"))
     if kind == "factors":
         return RotaryConfig(theta, kind, factors=tuple(float(x) for x in parameters.get("factors", ())))
     return RotaryConfig(theta)
@@ -237,9 +246,11 @@ def read_drafter_config(config: Mapping[str, Any], source: str) -> DrafterConfig
     taps = config.get("target_layer_ids")
     if not isinstance(taps, list) or not taps or not all(type(tap) is int for tap in taps):
         raise CheckpointError(f"{source}: 'target_layer_ids' in config.json is {taps!r}, expected a list of layers")
+    if len(set(taps)) < len(taps):
+        raise CheckpointError(f"{source}: 'target_layer_ids' in config.json is {taps}, expected distinct layers")
     rank = reader.count("markov_rank", 0, minimum=0)
     head = config.get("markov_head_type", "vanilla") if rank else "none"
-    if head not in (*_HEADS, "none"):
+    if rank and head not in _HEADS:
         raise CheckpointError(f"{source}: Markov head {head!r} is not supported; supported: {', '.join(_HEADS)}")
     confidence = reader.flag("enable_confidence_head")
     with_markov = confidence and reader.flag("confidence_head_with_markov")

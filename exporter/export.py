@@ -359,6 +359,7 @@ def export_bundle(
     options = options or ExportOptions()
     lowering = get_lowering(options.lowering)
     with ExitStack() as stack:
+        report("reading checkpoints", 0, 1)
         pair = open_pair(stack, target, drafter)
         facts = _drafter_facts(pair, options)
         capacity = options.resolve_capacity(pair.target_config, facts.block_size)
@@ -367,6 +368,7 @@ def export_bundle(
         own_files = pair.target.text_files() if tokenizer is None else _without_tokenizer(pair.target)
         text_files = {**own_files, **text_files}
         target_facts = _target_facts(pair, text_files)
+        report("reading checkpoints", 1, 1)
         writer = stack.enter_context(BundleWriter(Path(output), overwrite))  # refuses a taken output before the work
         graphs = _trace_graphs(pair, options, lowering, capacity, report)
         total = sum(bytes_to_write(graph.model, graph.sources) for graph in graphs.values())

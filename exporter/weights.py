@@ -232,7 +232,9 @@ def check_shared_weights(target: Checkpoint, config: DecoderConfig, drafter: Che
         for start in range(0, copy.shape[0], 4096):  # in pieces: a vocabulary matrix can be gigabytes in fp32
             rows = slice(start, start + 4096)
             ours, theirs = copy[rows].float(), own[rows].float()
-            differing += int(((ours - theirs).abs() > relative * theirs.abs() + relative * 1e-3).any(dim=1).sum())
+            # Asked this way round, a NaN counts as a difference.
+            same = (ours - theirs).abs() <= relative * theirs.abs() + relative * 1e-3
+            differing += int((~same).any(dim=1).sum())
         if differing:
             raise MismatchError(
                 f"drafter and target do not fit: {name} differs in {differing} of {copy.shape[0]} rows; "

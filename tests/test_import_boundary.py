@@ -68,11 +68,7 @@ def violations(folder: str, source: str) -> list[str]:
 
 
 def sources() -> list[str]:
-    return [
-        path.relative_to(ROOT).as_posix()
-        for folder in ARROWS
-        for path in sorted((ROOT / folder).rglob("*.py"))
-    ]
+    return [path.relative_to(ROOT).as_posix() for folder in ARROWS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def run_python(code: str, *arguments: str) -> str:
@@ -149,6 +145,8 @@ for part in ("engines", "runtime"):
     package = importlib.import_module(f"dspark_edge.{part}")
     names.append(package.__name__)
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".", onerror=sys.exit):
+        if module.name.endswith(".__main__"):
+            continue  # runs when it is imported
         importlib.import_module(module.name)
         names.append(module.name)
 print(json.dumps(names))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib import import_module, metadata
 from types import FrameType
 
@@ -15,7 +16,7 @@ import click
 
 from dspark_edge.engines.errors import DSparkError, MissingDependencyError
 
-__all__ = ["COMMANDS", "cli", "main"]
+__all__ = ["COMMANDS", "cli", "main", "waiting"]
 
 # command → ("module:function", the line that --help shows). Strings, so that listing commands imports none of them.
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -26,6 +27,18 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "chat": ("dspark_edge.runtime.cli.chat:chat", "Talk to a model."),
     "doctor": ("dspark_edge.runtime.cli.doctor:doctor", "Say what this machine can do, and how to add what it cannot."),
 }
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner on stderr, where that is a terminal, while something takes more than a moment."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
 
 
 class _LazyGroup(click.Group):
@@ -39,7 +52,8 @@ class _LazyGroup(click.Group):
             return None
         module_name, attribute = COMMANDS[cmd_name][0].split(":")
         try:
-            module = import_module(module_name)
+            with waiting("loading torch") if module_name.startswith("dspark_edge.exporter") else nullcontext():
+                module = import_module(module_name)
         except ModuleNotFoundError as error:
             missing = (error.name or "").split(".")[0]
             if missing == "dspark_edge":

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from dspark_edge.runtime.cli import waiting
 from dspark_edge.runtime.generator import MODES, Generator
 from dspark_edge.runtime.sampling import SamplingParams
 
@@ -60,7 +61,8 @@ sampling_options = _combine(
 def open_generator(bundle: Path, given: dict[str, Any]) -> Generator:
     """Open a bundle with the values of `engine_options`, which are taken out of `given`."""
     names = ("mode", "verify_length", "prefill_chunk", "provider", "threads")
-    return Generator.open(bundle, **{name: given.pop(name) for name in names})
+    with waiting("loading the bundle"):
+        return Generator.open(bundle, **{name: given.pop(name) for name in names})
 
 
 def sampling_params(given: dict[str, Any]) -> SamplingParams:

@@ -1,0 +1,49 @@
+"""Make an onnxruntime-genai model of a checkpoint, for benchmarks/plain_decoding.py --genai.
+
+    python benchmarks/make_genai.py TARGET OUTPUT [--precision fp32|int4]
+
+TARGET is what `dspark-edge export` takes; a GGUF is dequantised, so that both runtimes have the same weights. Needs
+the packages of the [export] and [bench] extras.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from dspark_edge.exporter.checkpoint import open_checkpoint
+from safetensors.torch import save_file
+
+
+def write_hugging_face(target: str, folder: Path) -> None:
+    """The checkpoint in Hugging Face's layout, fp32."""
+    with open_checkpoint(target) as checkpoint:
+        tensors = {name: checkpoint.tensor(name).to(torch.float32).contiguous() for name in sorted(checkpoint.names())}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        rope = checkpoint.config.get("rope_parameters", {})
+        config = {**checkpoint.config, "torch_dtype": "float32", "rope_theta": rope.get("rope_theta", 10000.0)}
+        (folder / "config.json").write_text(json.dumps(config))
+        for name, data in checkpoint.text_files().items():
+            (folder / name).write_bytes(data)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--precision", choices=("fp32", "int4"), default="fp32")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        write_hugging_face(arguments.target, Path(folder))
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-c", folder]
+        subprocess.run([*builder, "-i", folder, "-o", arguments.output, "-p", arguments.precision], check=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
