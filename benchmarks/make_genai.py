@@ -16,8 +16,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from dspark_edge.exporter.checkpoint import open_checkpoint
 from safetensors.torch import save_file
+
+from dspark_edge.exporter.checkpoint import open_checkpoint
 
 
 def write_hugging_face(target: str, folder: Path) -> None:

@@ -38,7 +38,9 @@ class BareSession:
         graph = bundle.manifest.graphs["target"]
         sizes = {"batch": 1, "width": 1, "rows": 1, "capacity": capacity}
         buffers = {
-            spec.name: self.engine.allocate(spec.dtype, tuple(sizes[s] if isinstance(s, str) else s for s in spec.shape))
+            spec.name: self.engine.allocate(
+                spec.dtype, tuple(sizes[s] if isinstance(s, str) else s for s in spec.shape)
+            )
             for spec in (*graph.inputs, graph.outputs[0])
         }
         self.lengths = buffers["cache_lengths"]

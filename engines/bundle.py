@@ -42,9 +42,7 @@ class Bundle:
         recorded = {record.path for record in manifest.files}
         for role, graph in manifest.graphs.items():
             if graph.file not in recorded:
-                raise BundleError(
-                    f"{path}: manifest.graphs.{role}.file, {graph.file!r}, is not among its files"
-                )
+                raise BundleError(f"{path}: manifest.graphs.{role}.file, {graph.file!r}, is not among its files")
         return bundle
 
     def file(self, name: str) -> Path:
@@ -101,9 +99,7 @@ class Bundle:
                 damaged.append(problem)
             done += record.size
         if damaged:
-            raise BundleError(
-                f"the bundle {self.path} is damaged: {'; '.join(damaged)}; copy or export it again"
-            )
+            raise BundleError(f"the bundle {self.path} is damaged: {'; '.join(damaged)}; copy or export it again")
         recorded = {record.path for record in self.manifest.files}
         try:
             names = walk_files(self.path)
@@ -192,9 +188,7 @@ def _manifest_text(folder: Path) -> bytes:
             raise BundleError(f"{folder} is not a bundle: its {MANIFEST_NAME} is not a file")
         return (folder / MANIFEST_NAME).read_bytes()
     except FileNotFoundError as error:
-        raise BundleError(
-            f"{folder} is not a bundle, or an incomplete one: it has no {MANIFEST_NAME}"
-        ) from error
+        raise BundleError(f"{folder} is not a bundle, or an incomplete one: it has no {MANIFEST_NAME}") from error
     except OSError as error:
         raise BundleError(f"cannot read {folder / MANIFEST_NAME}: {error.strerror}") from error
 
@@ -209,7 +203,5 @@ def _inside(folder: Path, name: str) -> os.stat_result:
     root = os.path.realpath(folder)
     real = os.path.realpath(folder / name)
     if os.path.commonpath([root, real]) != root:
-        raise BundleError(
-            f"{folder}: {name} is a link that points outside its folder; do not trust this bundle"
-        )
+        raise BundleError(f"{folder}: {name} is a link that points outside its folder; do not trust this bundle")
     return os.stat(real)

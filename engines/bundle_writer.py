@@ -282,9 +282,7 @@ class _Site:
         if not final.name:
             raise BundleError(f"the output {output} is a mount point; give a folder inside it")
         tag = f"{os.getpid()}-{secrets.token_hex(4)}"
-        partial, replaced = (
-            final.with_name(f".{final.name}.{kind}-{tag}") for kind in ("partial", "replaced")
-        )
+        partial, replaced = (final.with_name(f".{final.name}.{kind}-{tag}") for kind in ("partial", "replaced"))
         return cls(final, partial, replaced, os.getpid(), [], [])
 
     def make_parents(self) -> None:
@@ -325,9 +323,7 @@ class _Site:
 
     def remove_leftovers(self) -> None:
         """Settle for writers of the same output that were killed."""
-        pattern = re.compile(
-            rf"\.{re.escape(self.final.name)}\.(partial|replaced)-([1-9]\d{{0,9}})-[0-9a-f]{{8}}"
-        )
+        pattern = re.compile(rf"\.{re.escape(self.final.name)}\.(partial|replaced)-([1-9]\d{{0,9}})-[0-9a-f]{{8}}")
         for entry in list(os.scandir(self.final.parent)):
             match = pattern.fullmatch(entry.name)
             if match is None or not entry.is_dir(follow_symlinks=False) or _is_alive(int(match[2])):

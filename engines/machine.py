@@ -159,9 +159,7 @@ class Machine:
         return next((found.version for found in self.packages if found.name == package), None)
 
 
-def probe_machine(
-    root: Path = Path("/"), *, folder: Path | None = None, load_libraries: bool = False
-) -> Machine:
+def probe_machine(root: Path = Path("/"), *, folder: Path | None = None, load_libraries: bool = False) -> Machine:
     """Collect the facts of this machine; takes a few tenths of a second, mostly for importing ONNX Runtime.
 
     Args:

@@ -238,9 +238,7 @@ class DrafterFacts(_Record):
     num_layers: Count
     num_key_value_heads: Count
     head_dim: Count
-    tap_layers: tuple[
-        Tap, ...
-    ]  # target layers whose outputs feed the drafter, in `fc`'s order; -1: the embedding
+    tap_layers: tuple[Tap, ...]  # target layers whose outputs feed the drafter, in `fc`'s order; -1: the embedding
     markov_rank: Count
     markov_head: Annotated[str, _one_of(MARKOV_HEADS)]
     mask_token_id: Count | None
@@ -258,9 +256,7 @@ class DrafterFacts(_Record):
                 raise BundleError(f"{where}: 'ngram' has no model; expected only block_size to be set")
             return
         if 0 in (self.num_layers, self.num_key_value_heads, self.head_dim, self.candidates):
-            raise BundleError(
-                f"{where}: a drafter with a model needs layers, K/V heads, head_dim, candidates"
-            )
+            raise BundleError(f"{where}: a drafter with a model needs layers, K/V heads, head_dim, candidates")
         if not self.tap_layers or len(set(self.tap_layers)) < len(self.tap_layers):
             raise BundleError(f"{where}.tap_layers is {list(self.tap_layers)}; expected distinct layers")
         if (self.markov_rank > 0) != (self.markov_head != "none"):

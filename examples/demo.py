@@ -1,6 +1,6 @@
 """Answer a prompt from a bundle, then compare plain and speculative decoding on a few more.
 
-    python examples/demo.py BUNDLE ["A prompt"]
+python examples/demo.py BUNDLE ["A prompt"]
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ from dspark_edge.runtime import Generation, Generator, SamplingParams
 PROMPT = "Explain in three sentences why the sky is blue."
 # Prompts of the kinds that people send: to reason, to write code, to rework a text.
 COMPARED = (
-    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
-    "How many clips did Natalia sell altogether in April and May? Please reason step by step.",
+    (
+        "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
+        "How many clips did Natalia sell altogether in April and May? Please reason step by step."
+    ),
     "Write a Python function that checks whether a word is a palindrome, with a docstring and two examples.",
-    "Correct the spelling and repeat the whole text: 'The wether was good, so we went to the beech and we "
-    "swam in the see untill the sun went down, and then we walked home allong the river.'",
+    (
+        "Correct the spelling and repeat the whole text: 'The wether was good, so we went to the beech and we "
+        "swam in the see untill the sun went down, and then we walked home allong the river.'"
+    ),
 )
 PARAMS = SamplingParams(max_new_tokens=128)
 

@@ -27,7 +27,12 @@ _drafter_option = click.option("--drafter", required=True, help="A folder or Hug
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """Progress bars on a terminal's stderr, one for each thing that is being done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
     tasks: dict[str, TaskID] = {}
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -46,9 +51,13 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder.")
 @click.option("--lowering", type=click.Choice(LOWERINGS), default="ort", show_default=True)
 @click.option("--precision", type=click.Choice(tuple(PRECISIONS)), default="fp32", show_default=True)
-@click.option("--capacity", type=int, help="Cache slots, tokens.  [default: 4096 (ort) or 2048, or the target's context]")
+@click.option(
+    "--capacity", type=int, help="Cache slots, tokens.  [default: 4096 (ort) or 2048, or the target's context]"
+)
 @click.option("--max-batch", type=int, default=1, show_default=True, help="Sequences decoded together.")
-@click.option("--candidates", type=int, default=64, show_default=True, help="Tokens of a step that drafting samples from.")
+@click.option(
+    "--candidates", type=int, default=64, show_default=True, help="Tokens of a step that drafting samples from."
+)
 @click.option("--candidate-pool", type=int, help="Tokens of a position that the Markov bias may lift.  [default: all]")
 @click.option("--ngram-block-size", type=int, default=7, show_default=True, help="Most tokens that 'ngram' drafts.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A folder or tokenizer.json to use instead.")
@@ -57,9 +66,7 @@ def export(target: str, drafter: str, output: Path, tokenizer: Path | None, over
     """Export a target and its drafter to a bundle."""
     wanted = ExportOptions(**options)
     with _progress() as report:
-        bundle = export_bundle(
-            target, drafter, output, wanted, tokenizer=tokenizer, overwrite=overwrite, report=report
-        )
+        bundle = export_bundle(target, drafter, output, wanted, tokenizer=tokenizer, overwrite=overwrite, report=report)
     size = sum(record.size for record in bundle.manifest.files)
     click.echo(f"{output}: {len(bundle.manifest.files)} files, {size / 1e6:.1f} MB", err=True)
 

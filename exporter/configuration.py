@@ -159,14 +159,14 @@ def _read_rotary(reader: _Reader) -> RotaryConfig:
         )
     theta = inner.positive("rope_theta", reader.positive("rope_theta", 10000.0))
     if kind == "llama3":
-        return RotaryConfig(
-            theta,
-            kind,
-            inner.positive("factor"),
-            inner.number("low_freq_factor"),
-            inner.number("high_freq_factor"),
-            inner.count("original_max_position_embeddings"),
-        )
+        low, high = inner.positive("low_freq_factor"), inner.positive("high_freq_factor")
+        if high <= low:
+            raise CheckpointError(
+                f"{inner.source}: 'high_freq_factor' in config.json is {high:g}, expected more than "
+                f"'low_freq_factor', {low:g}"
+            )
+        context = inner.count("original_max_position_embeddings")
+        return RotaryConfig(theta, kind, inner.positive("factor"), low, high, context)
     if kind == "linear":
         return RotaryConfig(theta, kind, inner.positive("factor"))
     if kind == "factors":
@@ -258,7 +258,9 @@ def read_drafter_config(config: Mapping[str, Any], source: str) -> DrafterConfig
         raise CheckpointError(f"{source}: confidence_head_with_markov needs a markov_rank above 0")
     mask_token = reader.count("mask_token_id", minimum=0)
     if mask_token >= backbone.vocab_size:
-        raise CheckpointError(f"{source}: mask_token_id {mask_token} is outside the vocabulary of {backbone.vocab_size}")
+        raise CheckpointError(
+            f"{source}: mask_token_id {mask_token} is outside the vocabulary of {backbone.vocab_size}"
+        )
     return DrafterConfig(
         backbone=backbone,
         num_target_layers=reader.count("num_target_layers"),

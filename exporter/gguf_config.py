@@ -107,18 +107,14 @@ def hugging_face_config(
             f"{', '.join(ARCHITECTURES)}: pass the Hugging Face checkpoint instead"
         )
     if metadata.integer(f"{architecture}.expert_count", 0) > 0:
-        raise CheckpointError(
-            f"{metadata.path}: is a mixture of experts, which is not supported; pass a dense model"
-        )
+        raise CheckpointError(f"{metadata.path}: is a mixture of experts, which is not supported; pass a dense model")
     embedding = shapes.get("model.embed_tokens.weight")
     if embedding is None:
         raise CheckpointError(f"{metadata.path}: has no tensor 'token_embd.weight'; convert the model again")
     hidden_size = metadata.integer(f"{architecture}.embedding_length")
     heads = metadata.integer(f"{architecture}.attention.head_count")
     if heads < 1:
-        raise CheckpointError(
-            f"{metadata.path}: says it has {heads} attention heads; convert the model again"
-        )
+        raise CheckpointError(f"{metadata.path}: says it has {heads} attention heads; convert the model again")
     head_dim = metadata.integer(f"{architecture}.attention.key_length", hidden_size // heads)
     _check_head_sizes(metadata, head_dim)
     return {
@@ -143,9 +139,7 @@ def hugging_face_config(
     }
 
 
-def rope_parameters(
-    metadata: Metadata, head_dim: int, rope_factors: Sequence[float] | None
-) -> dict[str, Any]:
+def rope_parameters(metadata: Metadata, head_dim: int, rope_factors: Sequence[float] | None) -> dict[str, Any]:
     """Hugging Face's ``rope_parameters``.
 
     Baked-in factors become ``llama3`` where that rule gives exactly these factors; otherwise the type is
@@ -170,15 +164,11 @@ def rope_parameters(
     for key, value in metadata.values.items():
         name = key.removeprefix(prefix + "scaling.")
         if name not in (key, "type"):
-            parameters[_SCALING_NAMES.get(name, name)] = (
-                _shortest(value) if isinstance(value, float) else value
-            )
+            parameters[_SCALING_NAMES.get(name, name)] = _shortest(value) if isinstance(value, float) else value
     return parameters
 
 
-def _from_factors(
-    metadata: Metadata, theta: float, head_dim: int, rope_factors: Sequence[float]
-) -> dict[str, Any]:
+def _from_factors(metadata: Metadata, theta: float, head_dim: int, rope_factors: Sequence[float]) -> dict[str, Any]:
     if len(rope_factors) != head_dim // 2:
         raise CheckpointError(
             f"{metadata.path}: rope_freqs.weight has {len(rope_factors)} factors, expected head_dim / 2 = "

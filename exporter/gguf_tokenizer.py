@@ -193,9 +193,7 @@ def _post_processor(metadata: Metadata, tokens: list[str], rule: PreTokenizer) -
 
     def part(sequence: str, type_id: int) -> list[dict[str, Any]]:
         text = {"Sequence": {"id": sequence, "type_id": type_id}}
-        around = [
-            [{"SpecialToken": {"id": tokens[i], "type_id": type_id}} for i in ids] for ids in (before, after)
-        ]
+        around = [[{"SpecialToken": {"id": tokens[i], "type_id": type_id}} for i in ids] for ids in (before, after)]
         return [*around[0], text, *around[1]]
 
     special = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in (*before, *after)}
@@ -215,9 +213,7 @@ def _check_loads(metadata: Metadata, value: dict[str, Any]) -> None:
     try:
         Tokenizer.from_str(json.dumps(value))
     except Exception as error:  # the package raises nothing narrower
-        raise CheckpointError(
-            f"{metadata.path}: its tokenizer is damaged ({error}); {_PASS_TOKENIZER}"
-        ) from error
+        raise CheckpointError(f"{metadata.path}: its tokenizer is damaged ({error}); {_PASS_TOKENIZER}") from error
 
 
 def _tokenizer_config(metadata: Metadata, tokens: list[str], rule: PreTokenizer) -> dict[str, Any]:
@@ -268,8 +264,7 @@ def _token_id(metadata: Metadata, role: str, tokens: list[str]) -> int | None:
     token_id = metadata.token_id(role)
     if token_id is not None and not 0 <= token_id < len(tokens):
         raise CheckpointError(
-            f"{metadata.path}: its {role} token is {token_id}, but it has {len(tokens)} tokens; "
-            f"{_PASS_TOKENIZER}"
+            f"{metadata.path}: its {role} token is {token_id}, but it has {len(tokens)} tokens; {_PASS_TOKENIZER}"
         )
     return token_id
 

@@ -22,9 +22,9 @@ from dspark_edge.engines.engine import Engine, HostArray
 from dspark_edge.engines.errors import InvalidInputError, MismatchError
 from dspark_edge.engines.manifest import Manifest, TensorSpec
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
-from dspark_edge.exporter.export import Pair, open_pair
 from dspark_edge.exporter.graph_runner import GraphRunner
 from dspark_edge.exporter.modules.sampler import FilteredAcceptance, GreedyAcceptance, SamplingAcceptance
+from dspark_edge.exporter.pair import Pair, open_pair
 from dspark_edge.exporter.parity_report import OutputErrors, ParityReport, ParityRow, render
 from dspark_edge.exporter.weights import Source, load_module
 
@@ -213,9 +213,7 @@ def _reference_drafts(
     return tuple(cases)
 
 
-def _compare_models(
-    runner: GraphRunner, reference: _Reference, tolerance: float, report: Report
-) -> list[ParityRow]:
+def _compare_models(runner: GraphRunner, reference: _Reference, tolerance: float, report: Report) -> list[ParityRow]:
     """Rows of the target's and the drafter's outputs."""
     manifest = runner.engine.bundle.manifest
     positions = reference.logits.shape[1]

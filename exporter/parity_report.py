@@ -47,7 +47,10 @@ class ParityReport:
     def to_json(self) -> dict[str, object]:
         """The report as JSON values; an error that is not finite is null."""
         rows = [
-            {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+            {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in row.items()
+            }
             for row in map(asdict, self.rows)
         ]
         return {

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dspark_edge.engines.manifest import TensorSpec
 from dspark_edge.exporter.lowerings import Lowering
 
-__all__ = ["GraphContract", "TORCH_DTYPES", "Tensors", "trace"]
+__all__ = ["TORCH_DTYPES", "GraphContract", "Tensors", "trace"]
 
 # The newest IR version that ONNX Runtime releases of the last year read.
 _IR_VERSION = 10
@@ -116,13 +116,16 @@ def _name_dimensions(graph: ir.Graph, contract: GraphContract) -> None:
         value.shape = ir.Shape(list(spec.shape))
 
 
-def trace(build: Callable[[], nn.Module], contract: GraphContract, lowering: Lowering) -> ir.Model:
+def trace(
+    build: Callable[[], nn.Module], contract: GraphContract, lowering: Lowering, opset: int | None = None
+) -> ir.Model:
     """Export the module that `build` makes to ONNX, without weights.
 
     Args:
         build: makes the module; called under fake tensors.
         contract: what the graph takes and gives.
         lowering: how the custom operators are written.
+        opset: of the default domain; None takes the lowering's.
 
     Returns:
         The model; parameters are initializers under their module names, without data.
@@ -144,7 +147,7 @@ def trace(build: Callable[[], nn.Module], contract: GraphContract, lowering: Low
         exported = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=lowering.opset,
+            opset_version=opset or lowering.opset,
             custom_translation_table=dict(lowering.translations),
             optimize=False,  # it would read the weights, and there are none
             verbose=False,
@@ -159,6 +162,9 @@ def trace(build: Callable[[], nn.Module], contract: GraphContract, lowering: Low
     _name_dimensions(model.graph, contract)
     # Every layer derives the same positions and masks from cache_lengths; one of each is enough.
     common_passes.CommonSubexpressionEliminationPass()(model)
+    common_passes.RemoveUnusedNodesPass()(model)
+    for rewrite in lowering.rewrites:
+        rewrite()(model)
     common_passes.RemoveUnusedNodesPass()(model)
     model.ir_version = _IR_VERSION
     model.producer_name = "dspark-edge"

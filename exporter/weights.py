@@ -218,7 +218,9 @@ def check_shared_weights(target: Checkpoint, config: DecoderConfig, drafter: Che
         MismatchError: they differ: the drafter was trained for another target.
     """
     present = drafter.names()
-    for name, source in zip(("embed_tokens.weight", "lm_head.weight"), _vocabulary_sources(target, config), strict=True):
+    for name, source in zip(
+        ("embed_tokens.weight", "lm_head.weight"), _vocabulary_sources(target, config), strict=True
+    ):
         if name not in present:
             continue
         if drafter.shape(name) != source.shape():

@@ -102,9 +102,7 @@ class ChatTemplate:
             path = folder / _CONFIG
             source = _configured_template(path)
         except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(
-                f"cannot read {path}: {error}; copy the file again from the checkpoint"
-            ) from error
+            raise BundleError(f"cannot read {path}: {error}; copy the file again from the checkpoint") from error
         if source is None:
             return None
         return cls(source, read_special_tokens(folder), name=f"the chat template in {path}")
@@ -200,9 +198,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own ``tojson`` escapes HTML and non-ASCII, which models were not trained on."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @functools.lru_cache(maxsize=1)

@@ -57,9 +57,7 @@ class StopMatcher:
             raise InvalidInputError(f"stop strings must be a list of strings, not the string {stops!r}")
         for stop in stops:
             if not isinstance(stop, str) or not stop:
-                raise InvalidInputError(
-                    f"a stop string must be a string of at least one character, not {stop!r}"
-                )
+                raise InvalidInputError(f"a stop string must be a string of at least one character, not {stop!r}")
         self._stops = sorted(dict.fromkeys(stops), key=len, reverse=True)
         self._borders = [_borders(stop) for stop in self._stops]
         self._states = [0] * len(self._stops)
@@ -104,9 +102,7 @@ class IncrementalDetokenizer:
         InvalidInputError: a stop string is empty, or ``stop`` is a single string.
     """
 
-    def __init__(
-        self, tokenizer: TokenDecoder, stop: Sequence[str] = (), *, skip_special_tokens: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: TokenDecoder, stop: Sequence[str] = (), *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._ignored = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
@@ -160,10 +156,8 @@ class IncrementalDetokenizer:
             return ""
         self._finished = True
         text = self._decode(self._window)
-        if text.startswith(self._emitted):
-            last = text[len(self._emitted) :]
-        else:
-            last = self._decode(self._window[self._fresh :])
+        settled = text.startswith(self._emitted)
+        last = text[len(self._emitted) :] if settled else self._decode(self._window[self._fresh :])
         piece = self._release(last)
         rest = self._matcher.finish()
         if rest:

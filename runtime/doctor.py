@@ -169,9 +169,7 @@ def _cpu(machine: Machine) -> Job:
         return _job("cpu", "ok", f"ONNX Runtime {runtime.version}, {cores} core{'s' if cores != 1 else ''}")
     problem = runtime.problem or "onnxruntime has no CPUExecutionProvider"
     # A broken installation counts as installed to pip, so it has to be told to install again.
-    command = (
-        "pip install --force-reinstall onnxruntime" if runtime.distributions else "pip install onnxruntime"
-    )
+    command = "pip install --force-reinstall onnxruntime" if runtime.distributions else "pip install onnxruntime"
     return _job("cpu", "missing", problem, command)
 
 
@@ -197,9 +195,7 @@ def _tensorrt_rtx(machine: Machine, found: TensorRT) -> Job:
         return _job(name, "ok", f"TensorRT for RTX {found.version or 'of unknown version'}")
     if machine.jetson is not None:
         return _job(name, "unavailable", "on a Jetson use the TensorRT that comes with JetPack")
-    return _job(
-        name, "missing", found.problem or "the Python module tensorrt_rtx is not installed", _install(name)
-    )
+    return _job(name, "missing", found.problem or "the Python module tensorrt_rtx is not installed", _install(name))
 
 
 def _cuda(machine: Machine) -> Job:
@@ -241,9 +237,7 @@ def _runtime_notes(machine: Machine) -> Iterator[Note]:
             if parse_version(machine.python) < (3, 11)
             else "update it with: pip install -U onnxruntime"
         )
-        text = (
-            f"ONNX Runtime {runtime.version} cannot run a drafter in the ort lowering (1.29.1 can); {way_out}"
-        )
+        text = f"ONNX Runtime {runtime.version} cannot run a drafter in the ort lowering (1.29.1 can); {way_out}"
         yield Note("warning", text)
     if len(runtime.distributions) > 1:
         names = " and ".join(package.name for package in runtime.distributions)
@@ -261,32 +255,22 @@ def _tensorrt_notes(machine: Machine, tensorrt: TensorRT, tensorrt_rtx: TensorRT
         text = f"TensorRT {tensorrt.version} is older than 10.15: export with the decomposed lowering for it"
         yield Note("info", text)
     if machine.jetson is not None and (11,) <= version < _JETSON_SINCE:
-        yield Note(
-            "warning", f"TensorRT {tensorrt.version} does not support Jetson; 11.4.1 does, on JetPack 7.2.2"
-        )
+        yield Note("warning", f"TensorRT {tensorrt.version} does not support Jetson; 11.4.1 does, on JetPack 7.2.2")
 
 
 def _resource_notes(machine: Machine) -> Iterator[Note]:
     memory, processor, jetson = machine.memory, machine.processor, machine.jetson
     if memory.available is not None and memory.available < _LOW_MEMORY:
-        yield Note(
-            "warning", f"only {_gib(memory.available)} of memory are available: enough for small models"
-        )
+        yield Note("warning", f"only {_gib(memory.available)} of memory are available: enough for small models")
     if machine.free_disk is not None and machine.free_disk < _LOW_DISK:
-        yield Note(
-            "warning", f"only {_gib(machine.free_disk)} of disk are free; bundles and engines take several"
-        )
+        yield Note("warning", f"only {_gib(machine.free_disk)} of disk are free; bundles and engines take several")
     if processor.quota is not None and processor.quota < processor.cores:
         text = f"a quota of {processor.quota:g} cores limits the {processor.cores} that are visible"
         yield Note("info", f"{text}; throttling makes measured times uneven")
     if jetson is not None:
-        yield Note(
-            "info", "GPU and processor share the memory of a Jetson: a model counts once, in main memory"
-        )
+        yield Note("info", "GPU and processor share the memory of a Jetson: a model counts once, in main memory")
         if jetson.power_mode is not None and not jetson.power_mode.upper().startswith("MAXN"):
-            text = (
-                f"power mode {jetson.power_mode} is set, not MAXN; a profile only holds for the mode it was"
-            )
+            text = f"power mode {jetson.power_mode} is set, not MAXN; a profile only holds for the mode it was"
             yield Note("info", f"{text} measured in (sudo nvpmodel -q shows it)")
 
 
@@ -314,9 +298,7 @@ def _facts(machine: Machine) -> Iterator[tuple[str, str]]:
         capability = f"compute capability {_dotted(gpu.compute_capability)}"
         yield f"GPU {index}", f"{gpu.name}, {capability}, {_gib(gpu.memory)}"
     if machine.onnxruntime.version is not None:
-        providers = ", ".join(
-            name.removesuffix("ExecutionProvider") for name in machine.onnxruntime.providers
-        )
+        providers = ", ".join(name.removesuffix("ExecutionProvider") for name in machine.onnxruntime.providers)
         yield "ONNX Runtime", f"{machine.onnxruntime.version} ({providers})"
     for flavour in machine.tensorrt:
         if flavour.present:

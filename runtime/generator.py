@@ -1,8 +1,8 @@
 """The generation API: a bundle and a prompt in, text or tokens out.
 
-    with Generator.open("bundle/") as generator:
-        for piece in generator.stream("Write a haiku", SamplingParams(max_new_tokens=64)):
-            print(piece.text, end="")
+with Generator.open("bundle/") as generator:
+    for piece in generator.stream("Write a haiku", SamplingParams(max_new_tokens=64)):
+        print(piece.text, end="")
 """
 
 from __future__ import annotations
@@ -295,7 +295,9 @@ class Generator:
                 return
             yield Piece(text, answer.last_ids)
             if self._sequence is not sequence:
-                raise InvalidInputError("another generation was started, or the generator closed; this one cannot go on")
+                raise InvalidInputError(
+                    "another generation was started, or the generator closed; this one cannot go on"
+                )
             round_started = perf_counter()
             self._sequence = None
             record = decode_round(request, self._verifier, self._drafter, self._policy)

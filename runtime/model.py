@@ -112,7 +112,12 @@ class _SamplerCall:
 
     def configure(self, params: SamplingParams) -> None:
         """Write what stays the same for a whole request."""
-        values = {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p, "min_p": params.min_p}
+        values = {
+            "temperature": params.temperature,
+            "top_k": params.top_k,
+            "top_p": params.top_p,
+            "min_p": params.min_p,
+        }
         for name, value in values.items():
             if name in self._buffers:
                 self._buffers[name].write(value)

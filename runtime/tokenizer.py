@@ -52,9 +52,7 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     settled: set[str] = set()
     for name in (_CONFIG, _MAP):
-        entries = {
-            key: value for key, value in read_json_object(folder / name).items() if key.endswith("_token")
-        }
+        entries = {key: value for key, value in read_json_object(folder / name).items() if key.endswith("_token")}
         for key, value in entries.items():
             text = value.get("content") if isinstance(value, dict) else value
             # Switches such as add_bos_token end in _token too; their values are no strings.
@@ -194,12 +192,8 @@ class Tokenizer:
         from tokenizers import AddedToken
 
         known = [text for text in dict.fromkeys(tokens) if self._backend.token_to_id(text) is not None]
-        special = {
-            token.content for token in self._backend.get_added_tokens_decoder().values() if token.special
-        }
-        forgotten = [
-            AddedToken(text, special=True, normalized=False) for text in known if text not in special
-        ]
+        special = {token.content for token in self._backend.get_added_tokens_decoder().values() if token.special}
+        forgotten = [AddedToken(text, special=True, normalized=False) for text in known if text not in special]
         if forgotten:
             self._backend.add_special_tokens(forgotten)
 

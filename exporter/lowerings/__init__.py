@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import onnx_ir as ir
+
 from dspark_edge.engines.errors import InvalidInputError
 
 __all__ = ["LOWERINGS", "Lowering", "get_lowering"]
@@ -27,9 +29,11 @@ class Lowering:
 
     name: str
     opset: int  # of the default domain
+    context_opset: int  # the same where a target writes a drafter's context beside its own caches
     translations: Mapping[Callable[..., Any], Callable[..., Any]]  # torch operator overload → onnxscript function
     dynamic_capacity: bool  # whether the cache capacity may be a symbolic dimension
     batched: bool  # whether a batch of more than one may be wider than one token
+    rewrites: tuple[Callable[[], ir.passes.InPlacePass], ...] = ()  # passes that finish a traced graph
 
 
 def get_lowering(name: str) -> Lowering:

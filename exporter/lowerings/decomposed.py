@@ -87,6 +87,7 @@ def rms_norm(states: Any, weight: Any, epsilon: float) -> Any:
 LOWERING = Lowering(
     name="decomposed",
     opset=18,
+    context_opset=18,
     translations={
         torch.ops.dspark.cached_attention.default: cached_attention,
         torch.ops.dspark.write_cache.default: write_cache,

@@ -64,6 +64,7 @@ def rms_norm(states: Any, weight: Any, epsilon: float) -> Any:
 LOWERING = Lowering(
     name="onnx",
     opset=24,
+    context_opset=24,
     translations={
         torch.ops.dspark.cached_attention.default: cached_attention,
         torch.ops.dspark.write_cache.default: write_cache,

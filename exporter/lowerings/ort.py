@@ -7,10 +7,11 @@ from typing import Any
 import onnx
 import torch
 from onnxscript import values
-from onnxscript.onnx_opset import opset24 as op
+from onnxscript.onnx_opset import opset23 as op
 
 from dspark_edge.exporter.lowerings import Lowering, common
-from dspark_edge.exporter.lowerings.onnx import rms_norm, write_cache
+from dspark_edge.exporter.lowerings.onnx import write_cache
+from dspark_edge.exporter.lowerings.ort_rewrites import FuseSkipNorm, PackQueryKeyValue
 
 __all__ = ["LOWERING"]
 
@@ -75,9 +76,14 @@ def cached_attention(
     return output, present_key, present_value
 
 
+def rms_norm(states: Any, weight: Any, epsilon: float) -> Any:
+    return op.RMSNormalization(states, weight, axis=-1, epsilon=epsilon)
+
+
 LOWERING = Lowering(
     name="ort",
-    opset=24,
+    opset=23,  # the newest that Python 3.10's last ONNX Runtime (1.23) reads
+    context_opset=24,  # TensorScatter
     translations={
         torch.ops.dspark.cached_attention.default: cached_attention,
         torch.ops.dspark.write_cache.default: write_cache,
@@ -86,4 +92,5 @@ LOWERING = Lowering(
     },
     dynamic_capacity=True,
     batched=False,
+    rewrites=(PackQueryKeyValue, FuseSkipNorm),
 )

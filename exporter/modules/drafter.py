@@ -96,9 +96,7 @@ class Drafter(nn.Module):
         temperature: torch.Tensor,
         noise: torch.Tensor,
         past: list[torch.Tensor],
-    ) -> tuple[
-        torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]
-    ]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         masks = torch.full_like(anchor_ids, self.mask_token_id)[:, None].expand(-1, self.block_size - 1)
         states = self.embed_tokens(torch.cat((anchor_ids[:, None], masks), dim=1))
         positions = row_positions(cache_lengths, self.block_size)

@@ -38,9 +38,7 @@ class ContextProjection(nn.Module):
         self.fc = Projection(len(config.tap_layers) * backbone.hidden_size, backbone.hidden_size)
         self.hidden_norm = RMSNorm(backbone.hidden_size, backbone.rms_norm_eps, torch.float32)
         # Keys and values of all drafter layers in one projection: k0 v0 k1 v1 …
-        self.kv_proj = Projection(
-            backbone.hidden_size, 2 * self.num_layers * self.size, backbone.attention_bias, dtype
-        )
+        self.kv_proj = Projection(backbone.hidden_size, 2 * self.num_layers * self.size, backbone.attention_bias, dtype)
         self.k_norm = nn.ModuleList(
             HeadNorm(backbone.head_dim, backbone.rms_norm_eps, dtype) for _ in range(self.num_layers)
         )
@@ -81,7 +79,9 @@ class Target(nn.Module):
         logits fp32 [B, N, V], then the updated caches in the order of the arguments.
     """
 
-    def __init__(self, config: DecoderConfig, drafter: DrafterConfig | None, positions: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: DecoderConfig, drafter: DrafterConfig | None, positions: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
         self.layers = nn.ModuleList(DecoderLayer(config, True, dtype) for _ in range(config.num_layers))

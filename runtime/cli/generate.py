@@ -76,7 +76,9 @@ def _parse_prompt(entry: Any) -> Prompt:
 
 
 def _prompts(prompt: str | None, token_ids: str | None, prompts: Path | None) -> Iterator[Prompt]:
-    given = [name for name, value in (("--prompt", prompt), ("--token-ids", token_ids), ("--prompts", prompts)) if value]
+    given = [
+        name for name, value in (("--prompt", prompt), ("--token-ids", token_ids), ("--prompts", prompts)) if value
+    ]
     if len(given) != 1:
         raise InvalidInputError(
             f"give exactly one of --prompt, --token-ids and --prompts; given: {', '.join(given) or 'none'}"

@@ -50,9 +50,7 @@ def manifest() -> Manifest:
             "sampler": graph("sampler.onnx"),
             "sampler_greedy": graph("sampler.onnx"),
         },
-        files=tuple(
-            FileRecord(n, len(data), hashlib.sha256(data).hexdigest()) for n, data in CONTENT.items()
-        ),
+        files=tuple(FileRecord(n, len(data), hashlib.sha256(data).hexdigest()) for n, data in CONTENT.items()),
         provenance=Provenance("2025-01-31T12:00:00Z", {"dspark-edge": "0.1.0"}, "target", "ngram"),
     )
 
@@ -86,9 +84,7 @@ def test_opens_a_whole_bundle(folder: Path) -> None:
     assert is_bundle(folder)
 
 
-def test_a_relative_path_stays_valid_when_the_process_moves(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_path_stays_valid_when_the_process_moves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     bundle = Bundle.open("bundle")
     monkeypatch.chdir("/")

@@ -414,9 +414,7 @@ def test_a_place_without_permission() -> None:
     with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which other users cannot reach
         os.chmod(folder, 0o755 if os.geteuid() == 0 else 0o555)
         drop = "if os.geteuid() == 0: os.seteuid(65534)\n"
-        assert "permission is denied; choose another output" in run(
-            drop + WRITE_MEGABYTES, Path(folder, "out")
-        )
+        assert "permission is denied; choose another output" in run(drop + WRITE_MEGABYTES, Path(folder, "out"))
         assert names(Path(folder)) == []
         os.chmod(folder, 0o755)
 

@@ -29,9 +29,7 @@ from dspark_edge.engines.machine import (
     query_cuda,
 )
 
-MEMINFO = (
-    "MemTotal:       16000 kB\nMemFree:         2000 kB\nMemAvailable:    8000 kB\nHugePages_Total:   0\n"
-)
+MEMINFO = "MemTotal:       16000 kB\nMemFree:         2000 kB\nMemAvailable:    8000 kB\nHugePages_Total:   0\n"
 KIB = 1024
 
 
@@ -138,9 +136,7 @@ def test_usable_cores(quota: float | None, usable: int) -> None:
 
 
 def tegra(release: int, revision: str) -> str:
-    return (
-        f"# R{release} (release), REVISION: {revision}, GCID: 1, BOARD: generic, EABI: aarch64, DATE: Wed\n"
-    )
+    return f"# R{release} (release), REVISION: {revision}, GCID: 1, BOARD: generic, EABI: aarch64, DATE: Wed\n"
 
 
 @pytest.mark.parametrize(
@@ -177,9 +173,7 @@ def test_jetson_with_everything_readable(tmp_path: Path) -> None:
     model = "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super"
     assert jetson == Jetson(model, "36.4.7", "6.2.1", "MAXN_SUPER")
     (tmp_path / "etc/nvpmodel.conf").unlink()
-    removed = dpkg.replace(
-        "jetpack\nStatus: install ok installed", "jetpack\nStatus: deinstall ok config-files"
-    )
+    removed = dpkg.replace("jetpack\nStatus: install ok installed", "jetpack\nStatus: deinstall ok config-files")
     lay_out(tmp_path, {"var/lib/dpkg/status": removed})
     jetson = probe_jetson(tmp_path)
     assert jetson is not None
@@ -187,10 +181,7 @@ def test_jetson_with_everything_readable(tmp_path: Path) -> None:
 
 
 def test_another_board_is_no_jetson(tmp_path: Path) -> None:
-    assert (
-        probe_jetson(lay_out(tmp_path, {"proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0"}))
-        is None
-    )
+    assert probe_jetson(lay_out(tmp_path, {"proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0"})) is None
 
 
 class FakeCuda:
@@ -260,9 +251,7 @@ def test_query_cuda() -> None:
         ("symbol", (13, 1), "GPU 0: the CUDA driver library has no cuDeviceTotalMem_v2"),
     ],
 )
-def test_a_failing_driver_says_where(
-    failing: str, cuda_version: tuple[int, int] | None, problem: str
-) -> None:
+def test_a_failing_driver_says_where(failing: str, cuda_version: tuple[int, int] | None, problem: str) -> None:
     assert query_cuda(FakeCuda(GPUS, failing)) == NvidiaDriver(cuda_version, None, (), problem)
 
 
@@ -277,9 +266,7 @@ def test_a_failing_driver_says_where(
         ("nonsense", None),
     ],
 )
-def test_kernel_module_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, version: str | None
-) -> None:
+def test_kernel_module_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, version: str | None) -> None:
     def no_library(name: str) -> object:
         raise OSError(f"{name}: cannot open shared object file")
 

@@ -196,9 +196,7 @@ def test_takes_plain_paths(path: str) -> None:
 
 
 def test_what_a_manifest_records() -> None:
-    assert [
-        p for p in ("manifest.json", "calibration.json", "devices", "devices/a/b") if is_recorded(p)
-    ] == []
+    assert [p for p in ("manifest.json", "calibration.json", "devices", "devices/a/b") if is_recorded(p)] == []
     assert all(is_recorded(p) for p in ("target.onnx", "x/manifest.json", "devices.json"))
 
 

@@ -68,10 +68,11 @@ def test_a_target() -> None:
     assert (llama.family, llama.qk_norm) == ("llama", False)
 
 
-def test_what_older_files_leave_out() -> None:
+@pytest.mark.parametrize("absent", [{}, {"head_dim": None, "num_key_value_heads": None, "attention_bias": None}])
+def test_what_older_files_leave_out(absent: dict[str, None]) -> None:
     values = {key: value for key, value in TARGET.items() if key not in ("head_dim", "num_key_value_heads")}
-    config = read_decoder_config(values, "target")
-    assert (config.head_dim, config.num_key_value_heads) == (8, 4)
+    config = read_decoder_config({**values, **absent}, "target")
+    assert (config.head_dim, config.num_key_value_heads, config.attention_bias) == (8, 4, False)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,10 @@ def test_what_older_files_leave_out() -> None:
         ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, RotaryConfig(5e5, "llama3", 32.0, 1.0, 4.0, 8192)),
         ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}, RotaryConfig(5e5, "llama3", 32.0, 1.0, 4.0, 8192)),
         ({"rope_scaling": {"type": "linear", "factor": 4}}, RotaryConfig(10000.0, "linear", 4.0)),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 7.0, "factor": 4}}, RotaryConfig(7.0, "linear", 4.0)),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 7.0, "factor": 4}},
+            RotaryConfig(7.0, "linear", 4.0),
+        ),
         (
             {"rope_scaling": {"rope_type": "factors", "factors": [1, 2] * 4}},
             RotaryConfig(10000.0, "factors", factors=(1.0, 2.0) * 4),
@@ -122,6 +126,11 @@ def test_rope_in_both_dialects(dialect: dict[str, Any], expected: RotaryConfig) 
         ({"rope_scaling": {"rope_type": "linear"}}, "has no 'factor'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "'factor'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "has no 'low_freq_factor'"),
+        (
+            {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}},
+            "'high_freq_factor' in config.json is 1, expected more",
+        ),
+        ({"rope_scaling": {**LLAMA3, "factor": None}}, "has no 'factor'"),
         ({"rope_scaling": {"rope_type": "factors", "factors": [1.0]}}, "1 rope factors for head size 16"),
         ({"rope_scaling": "linear"}, "expected an object"),
     ],

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional
 
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig
-from dspark_edge.exporter.export import Pair, open_pair
 from dspark_edge.exporter.modules.target import Target
+from dspark_edge.exporter.pair import Pair, open_pair
 from dspark_edge.exporter.weights import load_module
 
 Checkpoint = Callable[..., Path]
@@ -51,7 +51,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-llama3-rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama-linear-rope": ("Llama", {"rope_parameters": LINEAR_ROPE}),
-    "qwen3-tied": ("Qwen3", {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
+    "qwen3-tied": (
+        "Qwen3",
+        {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+    ),
     "qwen3-untied-mqa": ("Qwen3", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
     "qwen3-linear-rope": ("Qwen3", {"rope_parameters": LINEAR_ROPE}),
 }

@@ -51,6 +51,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"markov_head_type": "rnn", "confidence_head_with_markov": False, "block_size": 1},
         {"candidates": 1},
     ),
+    "pool": ({}, {"num_hidden_layers": 1}, {"candidates": 4, "candidate_pool": 250}),
 }
 
 
@@ -117,9 +118,7 @@ def test_the_report_as_json_and_as_a_table(reference_bundle: ReferenceBundle, re
     render(report, Console(file=text, width=120))
     assert all(name in text.getvalue() for name in names(report)) and "FAILED" not in text.getvalue()
 
-    strict = compare_bundle(
-        bundle, reference_dir / "qwen3_target", reference_dir / "qwen3_vanilla", tolerance=1e-12
-    )
+    strict = compare_bundle(bundle, reference_dir / "qwen3_target", reference_dir / "qwen3_vanilla", tolerance=1e-12)
     assert not strict.passed and strict.to_json()["passed"] is False
     render(strict, Console(file=text, width=160))
     assert "FAILED" in text.getvalue()
@@ -149,7 +148,12 @@ def damaged(folder: Path, bundle: Path, role: str, initializer: str, factor: flo
     ],
 )
 def test_a_wrong_weight_is_found(
-    role: str, initializer: str, failing: set[str], reference_bundle: ReferenceBundle, reference_dir: Path, tmp_path: Path
+    role: str,
+    initializer: str,
+    failing: set[str],
+    reference_bundle: ReferenceBundle,
+    reference_dir: Path,
+    tmp_path: Path,
 ) -> None:
     good = reference_bundle("qwen3_target", "qwen3_vanilla")
     bundle = damaged(tmp_path / "bundle", good, role, initializer, 1.01)

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
-from dspark_edge.exporter.export import open_pair
 from dspark_edge.exporter.graph_runner import GraphRunner
 from dspark_edge.exporter.lowerings import LOWERINGS
+from dspark_edge.exporter.pair import open_pair
 from dspark_edge.exporter.weights import load_module
 
 PAIRS = (
@@ -75,9 +75,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 @pytest.mark.parametrize(("target", "drafter"), PAIRS, ids=[drafter for _, drafter in PAIRS])
-def test_features_and_hidden_rows_as_recorded(
-    target: str, drafter: str, reference_dir: Path, stack: ExitStack
-) -> None:
+def test_features_and_hidden_rows_as_recorded(target: str, drafter: str, reference_dir: Path, stack: ExitStack) -> None:
     samples, tensors = record_of(reference_dir / drafter)
     pair = open_pair(stack, reference_dir / target, reference_dir / drafter)
     assert pair.drafter_config is not None
@@ -93,9 +91,7 @@ def test_features_and_hidden_rows_as_recorded(
     for number in (0, 1):
         prompt, first = samples[number]["prompt"], samples[number]["rounds"][0]
         past = [torch.zeros(1, config.num_key_value_heads, 128, config.head_dim)] * (2 * config.num_layers)
-        context = [torch.zeros(1, backbone.num_key_value_heads, 128, backbone.head_dim)] * (
-            2 * backbone.num_layers
-        )
+        context = [torch.zeros(1, backbone.num_key_value_heads, 128, backbone.head_dim)] * (2 * backbone.num_layers)
         with torch.no_grad():
             last = torch.tensor([[len(prompt) - 1]])
             _, _, context = modules[0](torch.tensor([prompt]), torch.tensor([0]), last, past, context)

@@ -65,7 +65,13 @@ def test_sampling_rejects_by_the_uniforms(rejected: int) -> None:
     if rejected < BLOCK:
         uniforms[0, rejected] = NEVER  # the target gives its favourite less than 1, the drafter all
     accepted, following, log_probs = SamplingAcceptance()(
-        logits, torch.tensor([drafts]), torch.tensor([BLOCK]), *certain(drafts), uniforms, torch.tensor([0.3]), torch.ones(1)
+        logits,
+        torch.tensor([drafts]),
+        torch.tensor([BLOCK]),
+        *certain(drafts),
+        uniforms,
+        torch.tensor([0.3]),
+        torch.ones(1),
     )
     assert accepted.tolist() == [rejected]
     if rejected < BLOCK:  # the residual gives the rejected token nothing
@@ -81,7 +87,14 @@ def test_a_batch_mixes_greedy_and_sampled_requests() -> None:
     ids, probs = (tensor.repeat(3, 1, 1) for tensor in certain(CHOICES[:BLOCK]))
     uniforms = torch.full((3, BLOCK + 1), NEVER)
     accepted, following, _ = SamplingAcceptance()(
-        logits, drafts, torch.tensor([4, 4, 0]), ids, probs, uniforms, torch.tensor([0.5] * 3), torch.tensor([0.0, 1.0, 1.0])
+        logits,
+        drafts,
+        torch.tensor([4, 4, 0]),
+        ids,
+        probs,
+        uniforms,
+        torch.tensor([0.5] * 3),
+        torch.tensor([0.0, 1.0, 1.0]),
     )
     assert accepted.tolist() == [4, 0, 0]  # greedy ignores the uniforms
     assert following[0] == CHOICES[4]
@@ -132,12 +145,7 @@ def kept_by_numpy(probs: np.ndarray, top_k: int, top_p: float, min_p: float) -> 
     return set(np.flatnonzero(kept).tolist())
 
 
-FILTERS = [
-    (top_k, top_p, min_p)
-    for top_k in (0, 1, 3, 50)
-    for top_p in (0.0, 0.35, 0.9, 1.0)
-    for min_p in (0.0, 0.2)
-]
+FILTERS = [(top_k, top_p, min_p) for top_k in (0, 1, 3, 50) for top_p in (0.0, 0.35, 0.9, 1.0) for min_p in (0.0, 0.2)]
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import tokenizers
-from dspark_edge.runtime.generator import Generator
 from tokenizers import decoders, models, pre_tokenizers
+
+from dspark_edge.runtime.generator import Generator
 
 
 @pytest.fixture(scope="session")

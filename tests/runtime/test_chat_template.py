@@ -70,14 +70,10 @@ def transformers_render(template: str, messages: list[Message], **variables: obj
     return str(rendered[0][0])
 
 
-@pytest.mark.parametrize(
-    "template", [SMOLLM2, LLAMA3, ALTERNATING, FEATURES], ids=["smol", "llama", "alt", "all"]
-)
+@pytest.mark.parametrize("template", [SMOLLM2, LLAMA3, ALTERNATING, FEATURES], ids=["smol", "llama", "alt", "all"])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("enable_thinking", [True, False])
-def test_rendering_equals_transformers(
-    template: str, add_generation_prompt: bool, enable_thinking: bool
-) -> None:
+def test_rendering_equals_transformers(template: str, add_generation_prompt: bool, enable_thinking: bool) -> None:
     pytest.importorskip("transformers")
     rendered = ChatTemplate(template, SPECIAL).render(
         CHAT, add_generation_prompt=add_generation_prompt, variables={"enable_thinking": enable_thinking}

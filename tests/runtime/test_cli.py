@@ -82,7 +82,9 @@ def test_sampling_options_reach_the_sampler(text_bundle_dir: Path) -> None:
 
 
 def test_chat_keeps_the_conversation(text_bundle_dir: Path) -> None:
-    done = run("chat", text_bundle_dir, "--max-new-tokens", "12", stdin="the cat\n\nthe dog\n/reset\nthe cat\n/exit\nno\n")
+    done = run(
+        "chat", text_bundle_dir, "--max-new-tokens", "12", stdin="the cat\n\nthe dog\n/reset\nthe cat\n/exit\nno\n"
+    )
     assert done.returncode == 0
     first, second, again = done.stdout.removesuffix("\n").split("\n")
     assert first == again and len(second) == 12

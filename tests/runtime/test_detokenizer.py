@@ -133,9 +133,7 @@ def test_pieces_of_any_size_give_the_same_text(tokenizer: Tokenizer, text: str, 
     text=st.text("abh €", max_size=30),
     stops=st.lists(st.text("abh €", min_size=1, max_size=4), min_size=1, max_size=3),
 )
-def test_stop_strings_cut_where_the_first_one_begins(
-    tokenizer: Tokenizer, text: str, stops: list[str]
-) -> None:
+def test_stop_strings_cut_where_the_first_one_begins(tokenizer: Tokenizer, text: str, stops: list[str]) -> None:
     ids = encode(tokenizer, text)
     whole = tokenizer.decode(ids)
     detokenizer = stream(tokenizer, ids, stops)

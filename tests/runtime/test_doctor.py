@@ -88,9 +88,7 @@ def test_a_plain_computer() -> None:
 
 def test_commands_come_with_missing_jobs_only() -> None:
     machines = [PLAIN, replace(PLAIN, driver=RTX), replace(PLAIN, driver=ORIN, jetson=JETSON)]
-    machines += [
-        replace(machine, packages=PACKAGES, tensorrt=flavours("11.4.1", "1.7.1")) for machine in machines
-    ]
+    machines += [replace(machine, packages=PACKAGES, tensorrt=flavours("11.4.1", "1.7.1")) for machine in machines]
     for machine in machines:
         for job in diagnose(machine).jobs:
             assert (job.command is not None) == (job.status == "missing"), job
@@ -128,12 +126,8 @@ def test_a_jetson_takes_tensorrt_from_jetpack() -> None:
     assert "decomposed lowering" in text
     assert "power mode 15W" in text
     assert "share the memory" in text
-    assert any(
-        "does not support Jetson" in note for note in notes(replace(machine, tensorrt=flavours("11.2.0")))
-    )
-    assert not any(
-        "does not support Jetson" in note for note in notes(replace(machine, tensorrt=flavours("11.4.1")))
-    )
+    assert any("does not support Jetson" in note for note in notes(replace(machine, tensorrt=flavours("11.2.0"))))
+    assert not any("does not support Jetson" in note for note in notes(replace(machine, tensorrt=flavours("11.4.1"))))
 
 
 def test_without_a_gpu_tensorrt_rtx_still_builds() -> None:
@@ -176,8 +170,7 @@ def test_both_onnxruntime_distributions() -> None:
     job = diagnose(machine).job("cuda")
     assert job.command == "pip install --force-reinstall --no-deps onnxruntime-gpu"
     assert notes(machine) == [
-        "onnxruntime and onnxruntime-gpu are both installed and write the same files; "
-        "the one in effect is without CUDA"
+        "onnxruntime and onnxruntime-gpu are both installed and write the same files; the one in effect is without CUDA"
     ]
     machine = replace(machine, onnxruntime=replace(CUDA_ORT, distributions=both))
     assert diagnose(machine).job("cuda").status == "ok"
@@ -203,9 +196,7 @@ def test_onnxruntime_absent_or_broken() -> None:
         ("1.32.0", "3.12.1", None),
     ],
 )
-def test_an_old_onnxruntime_cannot_run_the_ort_lowering(
-    version: str, python: str, advice: str | None
-) -> None:
+def test_an_old_onnxruntime_cannot_run_the_ort_lowering(version: str, python: str, advice: str | None) -> None:
     found = notes(replace(PLAIN, python=python, onnxruntime=replace(CPU_ORT, version=version)))
     assert len(found) == (advice is not None)
     assert advice is None or advice in found[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dspark_edge.engines.errors import CapacityError, EngineError, InvalidInputError
 from dspark_edge.runtime import Generation, Generator, GeneratorOptions, Message, SamplingParams
 from dspark_edge.runtime import model as model_module
@@ -27,9 +28,7 @@ def test_the_recorded_rounds_come_out(generator: Generator, record: Any) -> None
         assert answer.statistics.rounds == len(accepted)
 
 
-def test_plain_decoding_gives_the_same_tokens(
-    generator: Generator, plain_generator: Generator, record: Any
-) -> None:
+def test_plain_decoding_gives_the_same_tokens(generator: Generator, plain_generator: Generator, record: Any) -> None:
     for sample in record["samples"]:
         static, plain = generator.generate(sample["prompt"], LONG), plain_generator.generate(sample["prompt"], LONG)
         assert static.token_ids == plain.token_ids
@@ -39,7 +38,9 @@ def test_plain_decoding_gives_the_same_tokens(
 
 
 @pytest.mark.parametrize("verify_length", [1, 3, 7])
-def test_any_verify_length_gives_the_same_tokens(bundle_dir: Path, plain_generator: Generator, verify_length: int) -> None:
+def test_any_verify_length_gives_the_same_tokens(
+    bundle_dir: Path, plain_generator: Generator, verify_length: int
+) -> None:
     with Generator.open(bundle_dir, verify_length=verify_length, threads=1) as generator:
         answer = generator.generate(PROMPT, LONG)
     assert answer.token_ids == plain_generator.generate(PROMPT, LONG).token_ids
@@ -243,7 +244,7 @@ def test_a_verify_length_beyond_the_block_is_refused(bundle_dir: Path) -> None:
 
 
 def test_a_missing_provider_is_named(bundle_dir: Path) -> None:
-    with pytest.raises(EngineError, match="has no NoSuchProvider; it has .*CPUExecutionProvider"):
+    with pytest.raises(EngineError, match=r"has no NoSuchProvider; it has .*CPUExecutionProvider"):
         Generator.open(bundle_dir, provider="NoSuchProvider")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import Engine
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
@@ -39,7 +40,9 @@ class TargetProbs:
     def __call__(self, prefix: list[int], temperature: float = 1.0) -> Probs:
         sizes = {"batch": 1, "width": len(prefix), "rows": 1, "capacity": 16}
         buffers = {
-            spec.name: self.engine.allocate(spec.dtype, tuple(sizes[s] if isinstance(s, str) else s for s in spec.shape))
+            spec.name: self.engine.allocate(
+                spec.dtype, tuple(sizes[s] if isinstance(s, str) else s for s in spec.shape)
+            )
             for spec in (*self.graph.inputs, self.graph.outputs[0])
         }
         buffers["input_ids"].write(prefix)
@@ -89,7 +92,9 @@ class WrongDrafter:
         return Draft(tuple(drawn.tolist()), None, self.candidates)
 
 
-def chi_square_p_value(bundle_dir: Path, make: Callable[[Engine], Drafter] | None, warp: Warp, **params: float) -> float:
+def chi_square_p_value(
+    bundle_dir: Path, make: Callable[[Engine], Drafter] | None, warp: Warp, **params: float
+) -> float:
     chi2 = pytest.importorskip("scipy.stats").chi2
     with OnnxRuntimeEngine(Bundle.open(bundle_dir), threads=1) as engine:
         expected = dict(outcomes(TargetProbs(engine), warp, LEAST_EXPECTED / RUNS))

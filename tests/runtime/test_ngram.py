@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from dspark_edge.runtime.ngram import NgramIndex
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dspark_edge.runtime.ngram import NgramIndex
 
 
 def reference_continuation(token_ids: list[int], smallest: int, largest: int, length: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.runtime.round import NO_DRAFT, Draft, Request, decode_round, static_policy
 from dspark_edge.runtime.sampling import RandomStream, SamplingParams

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.runtime.sampling import RandomStream, SamplingParams
 

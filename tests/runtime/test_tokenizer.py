@@ -47,9 +47,7 @@ def byte_fallback() -> tokenizers.Tokenizer:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    backend.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in ["<unk>", *SPECIAL]]
-    )
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ["<unk>", *SPECIAL]])
     return backend
 
 

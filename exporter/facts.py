@@ -1,0 +1,100 @@
+"""What a bundle's manifest says of the models in it, and of where they come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from dspark_edge.engines.errors import CheckpointError
+from dspark_edge.engines.manifest import DrafterFacts, Provenance, TargetFacts
+from dspark_edge.exporter.checkpoint import Checkpoint
+from dspark_edge.exporter.configuration import read_eos_token_ids
+from dspark_edge.exporter.pair import Pair
+
+__all__ = ["drafter_facts", "provenance", "target_facts"]
+
+
+def target_facts(pair: Pair, text_files: Mapping[str, bytes]) -> TargetFacts:
+    config = pair.target_config
+    generation = _parse_json(text_files.get("generation_config.json", b"{}"), "generation_config.json", pair.target)
+    names = {
+        name
+        for source in pair.target_sources(1).values()
+        if getattr(source, "origin", "") == "target"
+        for name in source.names  # type: ignore[union-attr]
+    }
+    sizes = (torch.Size(pair.target.shape(name)).numel() for name in names)
+    architecture = pair.target.config.get("architectures", [config.family])
+    return TargetFacts(
+        architecture=str(architecture[0]),
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        parameters=sum(sizes),
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=read_eos_token_ids(pair.target.config, generation),
+    )
+
+
+def drafter_facts(pair: Pair, candidates: int, ngram_block_size: int) -> DrafterFacts:
+    drafter = pair.drafter_config
+    if drafter is None:
+        return DrafterFacts.ngram(ngram_block_size)
+    return DrafterFacts(
+        kind="dspark",
+        block_size=drafter.block_size,
+        num_layers=drafter.backbone.num_layers,
+        num_key_value_heads=drafter.backbone.num_key_value_heads,
+        head_dim=drafter.backbone.head_dim,
+        tap_layers=drafter.tap_layers,
+        markov_rank=drafter.markov_rank,
+        markov_head=drafter.markov_head,
+        mask_token_id=drafter.mask_token_id,
+        confidence=drafter.confidence,
+        candidates=candidates,
+    )
+
+
+def _parse_json(data: bytes, name: str, checkpoint: Checkpoint) -> dict[str, object]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.source}: {name} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{checkpoint.source}: {name} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def _name_of(source: str | Path) -> str:
+    path = Path(source)
+    return path.resolve().name if path.exists() else str(source)
+
+
+def _tool_versions() -> dict[str, str]:
+    packages = ("dspark-edge", "torch", "onnx", "onnx-ir", "onnxscript")
+    versions: dict[str, str] = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def provenance(target: str | Path, drafter: str | Path) -> Provenance:
+    """Sources as the user named them (a local path by its base name), the time, and the tools."""
+    return Provenance(
+        created_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        tool_versions=_tool_versions(),
+        target=_name_of(target),
+        drafter=_name_of(drafter),
+    )

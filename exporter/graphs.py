@@ -1,0 +1,93 @@
+"""All graphs of a bundle, traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import onnx_ir as ir
+from torch import nn
+
+from dspark_edge.engines.manifest import GraphSpec
+from dspark_edge.exporter.contracts import drafter_contract, sampler_contracts, target_contract
+from dspark_edge.exporter.lowerings import get_lowering
+from dspark_edge.exporter.modules.sampler import FilteredAcceptance, GreedyAcceptance, SamplingAcceptance
+from dspark_edge.exporter.options import ExportOptions
+from dspark_edge.exporter.pair import Pair
+from dspark_edge.exporter.tracing import TORCH_DTYPES, GraphContract, trace
+from dspark_edge.exporter.weights import Source
+
+__all__ = ["Graph", "Report", "trace_graphs"]
+
+Report = Callable[[str, int, int], None]
+"""Progress: what is being done, how much of it is done, how much there is."""
+
+_SAMPLERS: Mapping[str, type[nn.Module]] = {
+    "sampler_greedy": GreedyAcceptance,
+    "sampler": SamplingAcceptance,
+    "sampler_filtered": FilteredAcceptance,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A traced graph, its contract and where its weights come from."""
+
+    model: ir.Model
+    contract: GraphContract
+    sources: Mapping[str, Source]
+
+    def spec(self, role: str) -> GraphSpec:
+        """The graph's entry in the manifest."""
+        return GraphSpec(f"{role}.onnx", self.contract.flat_inputs, self.contract.outputs, dict(self.contract.aliases))
+
+
+def _trace_target(pair: Pair, options: ExportOptions, capacity: int) -> Graph:
+    lowering = get_lowering(options.lowering)
+    cache_size = "capacity" if lowering.dynamic_capacity else capacity
+    contract = target_contract(pair.target_config, pair.drafter_config, cache_size, options.dtype)
+    opset = lowering.opset if pair.drafter is None else lowering.context_opset
+    dtype = TORCH_DTYPES[options.dtype]
+    model = trace(lambda: pair.build_target(capacity, dtype), contract, lowering, opset)
+    return Graph(model, contract, pair.target_sources(capacity))
+
+
+def _trace_drafter(pair: Pair, options: ExportOptions, capacity: int) -> Graph:
+    lowering = get_lowering(options.lowering)
+    if pair.drafter_config is None:
+        raise RuntimeError("an ngram drafter has no graph")
+    vocabulary = pair.target_config.vocab_size
+    cache_size = "capacity" if lowering.dynamic_capacity else capacity
+    candidates = min(options.candidates, vocabulary)
+    contract = drafter_contract(pair.drafter_config, candidates, cache_size, options.dtype)
+    pool = options.candidate_pool
+    if pool is not None and (pool >= vocabulary or not pair.drafter_config.markov_rank):
+        pool = None  # nothing to bound
+    dtype = TORCH_DTYPES[options.dtype]
+    model = trace(lambda: pair.build_drafter(capacity, candidates, pool, dtype), contract, lowering)
+    return Graph(model, contract, pair.drafter_sources(capacity))
+
+
+@lru_cache(maxsize=12)
+def _trace_sampler(role: str, vocab_size: int, lowering: str) -> ir.Model:
+    """A sampler graph; it depends on nothing else, so that exporting many bundles traces it once. Do not change it."""
+    return trace(_SAMPLERS[role], sampler_contracts(vocab_size)[role], get_lowering(lowering))
+
+
+def trace_graphs(pair: Pair, options: ExportOptions, capacity: int, report: Report) -> dict[str, Graph]:
+    """Every graph of the bundle by role, the target first."""
+    jobs: dict[str, Callable[[], Graph]] = {"target": lambda: _trace_target(pair, options, capacity)}
+    if pair.drafter is not None:
+        jobs["drafter"] = lambda: _trace_drafter(pair, options, capacity)
+    vocabulary = pair.target_config.vocab_size
+    for role, contract in sampler_contracts(vocabulary).items():
+        jobs[role] = lambda role=role, contract=contract: Graph(  # type: ignore[misc]
+            _trace_sampler(role, vocabulary, options.lowering), contract, {}
+        )
+    graphs: dict[str, Graph] = {}
+    for role, job in jobs.items():
+        report("tracing", len(graphs), len(jobs))
+        graphs[role] = job()
+    report("tracing", len(jobs), len(jobs))
+    return graphs
