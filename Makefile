@@ -33,9 +33,9 @@ demo: $(VENV)/.export $(BUNDLE)/manifest.json  ## fetch and export a small model
 	$(SAY) "Running the demo"
 	@$(BIN)/python examples/demo.py $(BUNDLE)
 
-test: $(VENV)/.dev  ## run the tests on the built and installed wheel; PYTEST_ARGS="-k bundle" passes options on
+test: $(VENV)/.dev $(TARGET)  ## run the tests on the built and installed wheel; PYTEST_ARGS="-k bundle" passes options on
 	$(SAY) "Running the tests"
-	@$(BIN)/pytest -n 2 $(PYTEST_ARGS)
+	@DSPARK_TEST_GGUF=$(abspath $(TARGET)) $(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## check style and the import boundary with ruff
 	$(SAY) "Linting"

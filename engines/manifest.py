@@ -244,11 +244,12 @@ class DrafterFacts(_Record):
     mask_token_id: Count | None
     confidence: Flag  # whether there is a confidence head
     candidates: Count  # K, tokens per step that the drafter samples from; vocab_size for all of them
+    candidate_pool: Count  # tokens of a position that the Markov bias may lift; 0 for all of them
 
     @classmethod
     def ngram(cls, block_size: int) -> DrafterFacts:
         """The facts of a drafter without a model, which looks its drafts up in the text so far."""
-        return cls("ngram", block_size, 0, 0, 0, (), 0, "none", None, False, 0)
+        return cls("ngram", block_size, 0, 0, 0, (), 0, "none", None, False, 0, 0)
 
     def _check(self, where: str) -> None:
         if self.kind == "ngram":
@@ -337,7 +338,7 @@ class Manifest(_Record):
             raise BundleError(f"{where}.opsets is empty; expected at least ONNX's own domain, ''")
         if len({record.path for record in self.files}) < len(self.files):
             raise BundleError(f"{where}.files records a path twice")
-        if self.drafter.candidates > self.target.vocab_size:
+        if max(self.drafter.candidates, self.drafter.candidate_pool) > self.target.vocab_size:
             raise BundleError(f"{where}.drafter.candidates exceeds vocab_size, {self.target.vocab_size}")
         if max(self.drafter.tap_layers, default=0) >= self.target.num_layers:
             raise BundleError(f"{where}.drafter.tap_layers: the target has {self.target.num_layers} layers")

@@ -100,10 +100,9 @@ def export_bundle(
     with ExitStack() as stack:
         report("reading checkpoints", 0, 1)
         pair = open_pair(stack, target, drafter)
-        candidates = min(options.candidates, pair.target_config.vocab_size)
-        facts = drafter_facts(pair, candidates, options.ngram_block_size)
+        facts = drafter_facts(pair, options)
         capacity = options.resolve_capacity(pair.target_config, facts.block_size)
-        check_weights(pair, capacity, candidates, TORCH_DTYPES[options.dtype])
+        check_weights(pair, capacity, options.resolve_candidates(pair.target_config), TORCH_DTYPES[options.dtype])
         if tokenizer is None:
             text_files = pair.target.text_files()
         else:

@@ -14,6 +14,7 @@ from dspark_edge.engines.errors import CheckpointError
 from dspark_edge.engines.manifest import DrafterFacts, Provenance, TargetFacts
 from dspark_edge.exporter.checkpoint import Checkpoint
 from dspark_edge.exporter.configuration import read_eos_token_ids
+from dspark_edge.exporter.options import ExportOptions
 from dspark_edge.exporter.pair import Pair
 
 __all__ = ["drafter_facts", "provenance", "target_facts"]
@@ -29,6 +30,12 @@ def target_facts(pair: Pair, text_files: Mapping[str, bytes]) -> TargetFacts:
         for name in source.names  # type: ignore[union-attr]
     }
     sizes = (torch.Size(pair.target.shape(name)).numel() for name in names)
+    eos_token_ids = read_eos_token_ids(pair.target.config, generation)
+    for token in (*eos_token_ids, config.bos_token_id or 0):
+        if not 0 <= token < config.vocab_size:
+            raise CheckpointError(
+                f"{pair.target.source}: the bos or eos token id {token} is outside the vocabulary of {config.vocab_size}"
+            )
     architecture = pair.target.config.get("architectures", [config.family])
     return TargetFacts(
         architecture=str(architecture[0]),
@@ -41,14 +48,15 @@ def target_facts(pair: Pair, text_files: Mapping[str, bytes]) -> TargetFacts:
         max_position_embeddings=config.max_position_embeddings,
         parameters=sum(sizes),
         bos_token_id=config.bos_token_id,
-        eos_token_ids=read_eos_token_ids(pair.target.config, generation),
+        eos_token_ids=eos_token_ids,
     )
 
 
-def drafter_facts(pair: Pair, candidates: int, ngram_block_size: int) -> DrafterFacts:
+def drafter_facts(pair: Pair, options: ExportOptions) -> DrafterFacts:
+    """The drafter's facts, with what the options make of it."""
     drafter = pair.drafter_config
     if drafter is None:
-        return DrafterFacts.ngram(ngram_block_size)
+        return DrafterFacts.ngram(options.ngram_block_size)
     return DrafterFacts(
         kind="dspark",
         block_size=drafter.block_size,
@@ -60,7 +68,8 @@ def drafter_facts(pair: Pair, candidates: int, ngram_block_size: int) -> Drafter
         markov_head=drafter.markov_head,
         mask_token_id=drafter.mask_token_id,
         confidence=drafter.confidence,
-        candidates=candidates,
+        candidates=options.resolve_candidates(pair.target_config),
+        candidate_pool=options.resolve_pool(pair.target_config, drafter) or 0,
     )
 
 

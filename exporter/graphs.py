@@ -57,13 +57,10 @@ def _trace_drafter(pair: Pair, options: ExportOptions, capacity: int) -> Graph:
     lowering = get_lowering(options.lowering)
     if pair.drafter_config is None:
         raise RuntimeError("an ngram drafter has no graph")
-    vocabulary = pair.target_config.vocab_size
     cache_size = "capacity" if lowering.dynamic_capacity else capacity
-    candidates = min(options.candidates, vocabulary)
+    candidates = options.resolve_candidates(pair.target_config)
+    pool = options.resolve_pool(pair.target_config, pair.drafter_config)
     contract = drafter_contract(pair.drafter_config, candidates, cache_size, options.dtype)
-    pool = options.candidate_pool
-    if pool is not None and (pool >= vocabulary or not pair.drafter_config.markov_rank):
-        pool = None  # nothing to bound
     dtype = TORCH_DTYPES[options.dtype]
     model = trace(lambda: pair.build_drafter(capacity, candidates, pool, dtype), contract, lowering)
     return Graph(model, contract, pair.drafter_sources(capacity))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.exporter.configuration import DecoderConfig
+from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig
 from dspark_edge.exporter.lowerings import get_lowering
 
 __all__ = ["PRECISIONS", "ExportOptions"]
@@ -69,3 +69,12 @@ class ExportOptions:
         if self.capacity <= block_size + 1:
             raise InvalidInputError(f"capacity is {self.capacity}, expected more than a block of {block_size} tokens")
         return self.capacity
+
+    def resolve_candidates(self, target: DecoderConfig) -> int:
+        """K: never more than there are tokens."""
+        return min(self.candidates, target.vocab_size)
+
+    def resolve_pool(self, target: DecoderConfig, drafter: DrafterConfig) -> int | None:
+        """The pool to export with; None where it would bound nothing."""
+        pool = self.candidate_pool
+        return None if pool is None or pool >= target.vocab_size or not drafter.markov_rank else pool
