@@ -34,7 +34,8 @@ def target_facts(pair: Pair, text_files: Mapping[str, bytes]) -> TargetFacts:
     for token in (*eos_token_ids, config.bos_token_id or 0):
         if not 0 <= token < config.vocab_size:
             raise CheckpointError(
-                f"{pair.target.source}: the bos or eos token id {token} is outside the vocabulary of {config.vocab_size}"
+                f"{pair.target.source}: the bos or eos token id {token} is outside the vocabulary "
+                f"of {config.vocab_size}"
             )
     architecture = pair.target.config.get("architectures", [config.family])
     return TargetFacts(

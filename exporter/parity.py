@@ -192,7 +192,8 @@ def _reference_drafts(
     """Blocks behind every chunk, greedy and drawn. The context may reach beyond an anchor: no block looks there."""
     facts, slots = manifest.drafter, context[0].shape[2]
     build = pair.build_drafter
-    drafter = _loaded(lambda: build(slots, facts.candidates, facts.candidate_pool or None, torch.float32), pair.drafter_sources(slots))
+    pool = facts.candidate_pool or None
+    drafter = _loaded(lambda: build(slots, facts.candidates, pool, torch.float32), pair.drafter_sources(slots))
     names = [spec.name for spec in manifest.graphs["drafter"].outputs]
     shape = (1, facts.block_size, facts.candidates)
     cases = []

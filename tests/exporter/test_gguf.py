@@ -423,9 +423,7 @@ def tokens_of(files: Mapping[str, bytes], text: str) -> list[str]:
         (None, ["123", "4"]),
     ],
 )
-def test_each_pre_tokenizer_splits_numbers_its_own_way(
-    pre: str | None, numbers: list[str], tmp_path: Path
-) -> None:
+def test_each_pre_tokenizer_splits_numbers_its_own_way(pre: str | None, numbers: list[str], tmp_path: Path) -> None:
     files = text_files(tmp_path, tokenizer_metadata(pre))
     assert tokens_of(files, "ab ab 1234") == ["ab", "Ġab", "Ġ", *numbers]
 
