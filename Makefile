@@ -16,8 +16,6 @@ BUNDLE := $(CACHE)/smollm2-bundle
 GENAI := $(CACHE)/smollm2-genai
 WHEEL = $$(ls $(DIST)/dspark_edge-*.whl)
 SAY = @printf '==> %s\n'
-# Python 3.10 gets ONNX Runtime 1.23, which reads opsets up to 23.
-LOWERING ?= $(shell $(PYTHON) -c 'import sys; print("ort" if sys.version_info >= (3, 11) else "decomposed")')
 
 # Folders too: a module that goes away changes nothing else.
 SOURCES := pyproject.toml MANIFEST.in README.md LICENSE $(shell find $(wildcard engines exporter runtime trainer) \
@@ -95,7 +93,7 @@ $(TARGET): | $(VENV)/.tools
 
 $(BUNDLE)/manifest.json: | $(TARGET) $(VENV)/.export
 	$(SAY) "Exporting to $(BUNDLE)"
-	@$(BIN)/dspark-edge export --target $(TARGET) --drafter ngram --lowering $(LOWERING) -o $(BUNDLE)
+	@$(BIN)/dspark-edge export --target $(TARGET) --drafter ngram -o $(BUNDLE)
 
 $(GENAI)/model.onnx: | $(TARGET) $(VENV)/.bench
 	$(SAY) "Converting the model for onnxruntime-genai"

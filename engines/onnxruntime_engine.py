@@ -115,7 +115,7 @@ class OnnxRuntimeEngine:
         if manifest.lowering == "ort" and manifest.drafter.kind == "dspark" and number < _FIRST_NON_CAUSAL:
             raise EngineError(
                 f"ONNX Runtime {version} cannot run a drafter in the 'ort' lowering, which needs 1.29.1; "
-                "upgrade onnxruntime, or export with --lowering onnx or decomposed"
+                "upgrade onnxruntime, or export with --lowering decomposed"
             )
 
     def allocate(self, dtype: str, shape: tuple[int, ...]) -> OnnxRuntimeBuffer:
@@ -171,7 +171,12 @@ class OnnxRuntimeEngine:
         try:
             return self._ort.InferenceSession(str(path), options, providers=[self._provider])
         except Exception as error:  # see OnnxRuntimeCall.run
-            raise EngineError(f"ONNX Runtime cannot load {path.name}: {_first_line(error)}") from error
+            reason = _first_line(error)
+            too_old = "opset" in reason.lower() or "Unrecognized attribute" in reason
+            hint = "; upgrade onnxruntime, or export with --lowering decomposed" if too_old else ""
+            raise EngineError(
+                f"ONNX Runtime {self._ort.__version__} cannot load {path.name}: {reason}{hint}"
+            ) from error
 
 
 def _own(role: str, buffer: Buffer) -> OnnxRuntimeBuffer:

@@ -200,13 +200,15 @@ def check_shapes(module: nn.Module, sources: Mapping[str, Source], what: str) ->
         CheckpointError: a tensor is missing or has another shape than the configuration says.
     """
     for name, parameter in module.named_parameters():
-        shape = sources[name].shape()
-        if tuple(parameter.shape) != shape:
-            given = sources[name]
-            names = ", ".join(given.names) if isinstance(given, WeightSource) else name
-            raise CheckpointError(
-                f"{what}: {names} gives shape {list(shape)}, config.json asks for {list(parameter.shape)}"
-            )
+        source = sources[name]
+        given, wanted = list(source.shape()), list(parameter.shape)
+        if given != wanted:
+            names = name
+            if isinstance(source, WeightSource):
+                names = " + ".join(source.names)
+                if source.transpose:  # as the checkpoint has it
+                    given, wanted = given[::-1], wanted[::-1]
+            raise CheckpointError(f"{what}: {names} has shape {given}, config.json asks for {wanted}")
 
 
 def check_shared_weights(target: Checkpoint, config: DecoderConfig, drafter: Checkpoint) -> None:

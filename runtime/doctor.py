@@ -233,7 +233,7 @@ def _runtime_notes(machine: Machine) -> Iterator[Note]:
     runtime = machine.onnxruntime
     if runtime.version is not None and parse_version(runtime.version) < _CAUSAL_SINCE:
         way_out = (
-            "export the drafter with the onnx or decomposed lowering, or use Python 3.11 or newer"
+            "export with the decomposed lowering, or use Python 3.11 or newer"
             if parse_version(machine.python) < (3, 11)
             else "update it with: pip install -U onnxruntime"
         )

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ def _unhook_torch_trace() -> None:
 def untraced_torch() -> None:
     """Tracing a graph takes half the time when torch does not log it."""
     _unhook_torch_trace()
+
+
+def runs_lowering(lowering: str, drafter: str) -> bool:
+    """Whether this machine's ONNX Runtime runs such a bundle; Python 3.10's last one is too old for most."""
+    version = tuple(int(part) for part in metadata.version("onnxruntime").split(".")[:3])
+    return version >= (1, 29, 1) or lowering == "decomposed" or (lowering == "ort" and drafter == "ngram")
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +81,8 @@ def reference_bundle(export_once: Callable[..., Path], reference_dir: Path) -> R
     """
 
     def bundle(target: str, drafter: str, lowering: str = "ort") -> Path:
+        if not runs_lowering(lowering, drafter):
+            pytest.skip(f"this ONNX Runtime is too old for the lowering {lowering!r}")
         source = drafter if drafter == "ngram" else reference_dir / drafter
         name = f"{target}-{drafter}-{lowering}"
         return export_once(name, reference_dir / target, source, lowering=lowering, capacity=512)

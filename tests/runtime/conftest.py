@@ -13,12 +13,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from dspark_edge.runtime.generator import Generator
+from tests.conftest import runs_lowering
 
 
 @pytest.fixture(scope="session")
 def bundle_dir() -> Path:
-    """The reference pair qwen3_target + qwen3_rnn, `ort` lowering, capacity 256, no tokenizer."""
-    return Path(__file__).parents[1] / "data" / "bundles" / "qwen3_rnn_ort"
+    """The reference pair qwen3_target + qwen3_rnn, capacity 256, no tokenizer."""
+    lowering = "ort" if runs_lowering("ort", "dspark") else "decomposed"
+    return Path(__file__).parents[1] / "data" / "bundles" / f"qwen3_rnn_{lowering}"
 
 
 @pytest.fixture(scope="session")

@@ -191,7 +191,7 @@ def test_onnxruntime_absent_or_broken() -> None:
     ("version", "python", "advice"),
     [
         ("1.29.0", "3.12.1", "pip install -U onnxruntime"),
-        ("1.23.2", "3.10.12", "onnx or decomposed lowering"),
+        ("1.23.2", "3.10.12", "decomposed lowering"),
         ("1.29.1", "3.12.1", None),
         ("1.32.0", "3.12.1", None),
     ],

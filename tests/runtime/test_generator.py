@@ -58,6 +58,8 @@ def test_growing_caches_keep_their_content(
 ) -> None:
     monkeypatch.setattr(model_module, "_FIRST_CAPACITY", 16)
     with Generator.open(bundle_dir, threads=1) as growing:
+        if growing.bundle.manifest.lowering != "ort":
+            pytest.skip("only the ort lowering has caches that grow")
         answer = growing.generate(PROMPT, LONG)
         assert growing._verifier.caches.capacity == 128
     assert answer.token_ids == generator.generate(PROMPT, LONG).token_ids
