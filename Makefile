@@ -46,6 +46,10 @@ types: $(VENV)/.dev  ## check the types of the installed engines and runtime wit
 bench: $(VENV)/.bench $(BUNDLE)/manifest.json $(GENAI)/model.onnx  ## measure on the demo's model; BENCH_ARGS passes options on
 	$(SAY) "Plain decoding: the bare session, this runtime, onnxruntime-genai"
 	@$(BIN)/python benchmarks/plain_decoding.py $(BUNDLE) --genai $(GENAI) $(BENCH_ARGS)
+	$(SAY) "Lossless: plain and static answers, token by token"
+	@$(BIN)/python benchmarks/lossless.py $(BUNDLE) tests/data/prompts.jsonl
+	$(SAY) "Footprint of export and import"
+	@$(BIN)/python benchmarks/footprint.py $(TARGET)
 
 clean:  ## remove everything that make wrote, the downloaded model included
 	rm -rf $(VENV) $(CACHE) $(DIST) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
