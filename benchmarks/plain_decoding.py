@@ -24,6 +24,7 @@ from time import perf_counter
 from typing import Any
 
 from dspark_edge.engines.bundle import Bundle
+from dspark_edge.engines.machine import probe_processor
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.runtime import Generator, SamplingParams
 
@@ -78,7 +79,12 @@ class GenAI:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    processor = probe_processor(Path("/"))
+    found = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": f"{processor.model}, {processor.usable_cores} cores",
+    }
     for package in ("dspark-edge", "onnxruntime", "onnxruntime-genai", "numpy"):
         try:
             found[package] = metadata.version(package)

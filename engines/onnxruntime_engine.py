@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import NUMPY_DTYPES, Buffer, HostArray, check_binding
 from dspark_edge.engines.errors import EngineError, InvalidInputError, MissingDependencyError
+from dspark_edge.engines.machine import probe_processor
 
 __all__ = ["PROVIDERS", "OnnxRuntimeEngine"]
 
@@ -87,7 +88,7 @@ class OnnxRuntimeEngine:
         self._ort: Any = onnxruntime
         self._provider = PROVIDERS.get(provider, provider)
         self._device = "cuda" if self._provider == PROVIDERS["cuda"] else "cpu"
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or probe_processor(Path("/")).usable_cores
         self._sessions: dict[str, Any] = {}
         self._check(onnxruntime.get_available_providers(), onnxruntime.__version__)
 
@@ -165,9 +166,12 @@ class OnnxRuntimeEngine:
     def _load(self, role: str) -> Any:
         path = self._bundle.graph_path(role)
         options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        # Graphs take turns: a pool that spins after its run would steal cores from the next graph's.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Greedy acceptance takes less time than waking threads for it.
+        options.intra_op_num_threads = 1 if role == "sampler_greedy" else self._threads
+        if role != "target" or "drafter" in self._bundle.manifest.graphs:
+            # Graphs take turns: a pool that spins after its run would steal cores from the next graph's. The target
+            # alone keeps its threads awake between tokens.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             return self._ort.InferenceSession(str(path), options, providers=[self._provider])
         except Exception as error:  # see OnnxRuntimeCall.run
