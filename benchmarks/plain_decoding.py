@@ -24,6 +24,7 @@ from time import perf_counter
 from typing import Any
 
 from dspark_edge.engines.bundle import Bundle
+from dspark_edge.engines.engine import sized
 from dspark_edge.engines.machine import probe_processor
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.runtime import Generator, SamplingParams
@@ -39,9 +40,7 @@ class BareSession:
         graph = bundle.manifest.graphs["target"]
         sizes = {"batch": 1, "width": 1, "rows": 1, "capacity": capacity}
         buffers = {
-            spec.name: self.engine.allocate(
-                spec.dtype, tuple(sizes[s] if isinstance(s, str) else s for s in spec.shape)
-            )
+            spec.name: self.engine.allocate(spec.dtype, sized(spec, sizes))
             for spec in (*graph.inputs, graph.outputs[0])
         }
         self.lengths = buffers["cache_lengths"]

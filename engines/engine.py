@@ -18,7 +18,7 @@ from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.errors import EngineError
 from dspark_edge.engines.manifest import GraphSpec, TensorSpec
 
-__all__ = ["NUMPY_DTYPES", "Buffer", "Call", "Engine", "HostArray", "check_binding", "checked_buffer"]
+__all__ = ["NUMPY_DTYPES", "Buffer", "Call", "Engine", "HostArray", "check_binding", "checked_buffer", "sized"]
 
 HostArray = npt.NDArray[Any]
 
@@ -81,6 +81,11 @@ class Engine(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A tensor's shape with its symbolic dimensions filled in."""
+    return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
 
 
 def checked_buffer(spec: TensorSpec, buffer: Buffer, sizes: dict[str, int], where: str) -> Buffer:

@@ -21,6 +21,11 @@ __all__ = ["drafter_facts", "provenance", "target_facts"]
 
 
 def target_facts(pair: Pair, text_files: Mapping[str, bytes]) -> TargetFacts:
+    """The target's facts, from its configuration, its headers and its generation_config.json.
+
+    Raises:
+        CheckpointError: generation_config.json is damaged, or names tokens outside the vocabulary.
+    """
     config = pair.target_config
     generation = _parse_json(text_files.get("generation_config.json", b"{}"), "generation_config.json", pair.target)
     names = {

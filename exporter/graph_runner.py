@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dspark_edge.engines.engine import Buffer, Engine, HostArray
-from dspark_edge.engines.manifest import TensorSpec
+from dspark_edge.engines.engine import Buffer, Engine, HostArray, sized
 
 __all__ = ["GraphRunner"]
 
@@ -30,7 +29,7 @@ class GraphRunner:
             for name in graph.aliases.values():
                 spec = next(spec for spec in graph.inputs if spec.name == name)
                 if name not in self.caches:
-                    shape = _resolve(spec, {"batch": batch, "capacity": capacity})
+                    shape = sized(spec, {"batch": batch, "capacity": capacity})
                     self.caches[name] = engine.allocate(spec.dtype, shape)
 
     def run(self, role: str, inputs: Mapping[str, Any]) -> dict[str, HostArray]:
@@ -52,7 +51,7 @@ class GraphRunner:
                 sizes.update({str(name): size for name, size in zip(spec.shape, values.shape, strict=False)})
         outputs = [spec for spec in graph.outputs if spec.name not in graph.aliases]
         for spec in outputs:
-            buffers[spec.name] = self.engine.allocate(spec.dtype, _resolve(spec, sizes))
+            buffers[spec.name] = self.engine.allocate(spec.dtype, sized(spec, sizes))
         self.engine.bind(role, buffers).run()
         return {spec.name: np.array(buffers[spec.name].read()) for spec in outputs}
 
@@ -74,7 +73,3 @@ class GraphRunner:
             "noise": noise,
         }
         return self.run("drafter", inputs)
-
-
-def _resolve(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)

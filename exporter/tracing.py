@@ -21,6 +21,7 @@ from onnx_ir.passes import common as common_passes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dspark_edge.engines.engine import sized
 from dspark_edge.engines.manifest import TensorSpec
 from dspark_edge.exporter.lowerings import Lowering
 
@@ -61,8 +62,7 @@ class GraphContract:
 
 
 def _example(spec: TensorSpec) -> torch.Tensor:
-    sizes = [_EXAMPLE_SIZES[size] if isinstance(size, str) else size for size in spec.shape]
-    return torch.empty(sizes, dtype=TORCH_DTYPES[spec.dtype])
+    return torch.empty(sized(spec, _EXAMPLE_SIZES), dtype=TORCH_DTYPES[spec.dtype])
 
 
 def _map_inputs(contract: GraphContract, convert: Callable[[TensorSpec], Any]) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark_edge.engines.engine import Buffer, Call, Engine
+from dspark_edge.engines.engine import Buffer, Call, Engine, sized
 from dspark_edge.engines.manifest import GraphSpec, TensorSpec
 from dspark_edge.runtime.round import NO_DRAFT, Candidates, Draft, Request, Verdict
 from dspark_edge.runtime.sampling import RandomStream, SamplingParams
@@ -71,12 +71,7 @@ class Caches:
 
     def _allocate(self, capacity: int) -> dict[str, Buffer]:
         sizes = {"batch": 1, "capacity": capacity}
-        return {
-            spec.name: self._engine.allocate(
-                spec.dtype, tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
-            )
-            for spec in self._specs
-        }
+        return {spec.name: self._engine.allocate(spec.dtype, sized(spec, sizes)) for spec in self._specs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,34 +96,27 @@ class _SamplerCall:
             "candidate_probs": candidates.candidate_probs,
         }
         sizes = {"batch": 1, "rows": self._rows}
-        self._buffers: dict[str, Buffer] = {}
-        for spec in (*graph.inputs, *graph.outputs):
-            shape = tuple(sizes.get(size, 0) if isinstance(size, str) else size for size in spec.shape)
-            self._buffers[spec.name] = given.get(spec.name) or engine.allocate(spec.dtype, shape)
+        self._buffers = {
+            spec.name: given.get(spec.name) or engine.allocate(spec.dtype, sized(spec, sizes))
+            for spec in (*graph.inputs, *graph.outputs)
+        }
         self._call = engine.bind(role, self._buffers)
+        self.candidates = candidates  # kept, so that no other candidates can come to have their id
         self._vocabulary = logits.shape[2]
         self._drawing = "accept_uniforms" in self._buffers
         self._filtering = "pool" in self._buffers
 
-    def configure(self, params: SamplingParams) -> None:
-        """Write what stays the same for a whole request."""
-        values = {
-            "temperature": params.temperature,
-            "top_k": params.top_k,
-            "top_p": params.top_p,
-            "min_p": params.min_p,
-        }
-        for name, value in values.items():
-            if name in self._buffers:
-                self._buffers[name].write(value)
-
-    def accept(self, verify_length: int, random: RandomStream) -> Verdict:
+    def accept(self, verify_length: int, params: SamplingParams, random: RandomStream) -> Verdict:
         buffers = self._buffers
         buffers["verify_lengths"].write(verify_length)
         if self._drawing:
+            buffers["temperature"].write(params.temperature)
             buffers["accept_uniforms"].write(random.uniforms(1, self._rows))
             buffers["sample_uniforms"].write(random.uniforms(1))
         if self._filtering:
+            buffers["top_k"].write(params.top_k)
+            buffers["top_p"].write(params.top_p)
+            buffers["min_p"].write(params.min_p)
             buffers["pool"].write(min(_FILTER_POOL, self._vocabulary))
         self._call.run()
         if self._filtering and not buffers["covered"].read()[0]:
@@ -167,7 +155,6 @@ class ModelVerifier:
         self._calls: dict[tuple[int, int], _TargetCall] = {}
         self._samplers: dict[tuple[str, int, int], _SamplerCall] = {}
         self._calls_version = self.caches.version
-        self._configured: tuple[_SamplerCall, Request] | None = None
         self._nothing_drafted = Candidates(
             engine.allocate("int64", (1, 1)),
             engine.allocate("int64", (1, 1, 1)),
@@ -236,10 +223,7 @@ class ModelVerifier:
         sampler = self._samplers.get(key)
         if sampler is None:
             sampler = self._samplers[key] = _SamplerCall(self._engine, role, logits, candidates)
-        if self._configured is None or self._configured[0] is not sampler or self._configured[1] is not request:
-            sampler.configure(request.params)
-            self._configured = (sampler, request)
-        return sampler.accept(verify_length, request.random)
+        return sampler.accept(verify_length, request.params, request.random)
 
 
 class ModelDrafter:
@@ -257,13 +241,11 @@ class ModelDrafter:
         self._graph = manifest.graphs["drafter"]
         self._limit = manifest.limits.capacity
         self._block_size, self._num_candidates = facts.block_size, facts.candidates
-        sizes = {"batch": 1}
         self._buffers: dict[str, Buffer] = {}
         for spec in (*self._graph.inputs, *self._graph.outputs):
             # base_logits are for inspection; what is not bound is not delivered
             if spec.name not in caches.buffers and spec.name not in self._graph.aliases and spec.name != "base_logits":
-                shape = tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
-                self._buffers[spec.name] = engine.allocate(spec.dtype, shape)
+                self._buffers[spec.name] = engine.allocate(spec.dtype, sized(spec, {"batch": 1}))
         self._candidates = Candidates(
             self._buffers["draft_ids"], self._buffers["candidate_ids"], self._buffers["candidate_probs"]
         )

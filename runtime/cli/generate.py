@@ -37,7 +37,7 @@ def parse_token_ids(text: str) -> list[int]:
         raise InvalidInputError(f"--token-ids is {text!r}, expected numbers with commas, such as 1,2,3") from None
 
 
-def read_prompts(path: Path) -> Iterator[Prompt]:
+def read_prompts(path: Path) -> list[Prompt]:
     """Prompts of a JSON Lines file: `prompt`, the first of `turns`, `messages`, or `token_ids` a line.
 
     Raises:
@@ -59,7 +59,7 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
                 ) from None
     if not prompts:
         raise InvalidInputError(f"{path} holds no prompts")
-    yield from prompts
+    return prompts
 
 
 def _parse_prompt(entry: Any) -> Prompt:

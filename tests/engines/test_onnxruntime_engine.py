@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dspark_edge.engines.bundle import Bundle
-from dspark_edge.engines.engine import Buffer
+from dspark_edge.engines.engine import Buffer, sized
 from dspark_edge.engines.errors import EngineError, InvalidInputError
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 
@@ -33,10 +33,7 @@ def engine(bundle: Bundle) -> Iterator[OnnxRuntimeEngine]:
 
 def target_buffers(engine: OnnxRuntimeEngine) -> dict[str, Buffer]:
     graph = engine.bundle.manifest.graphs["target"]
-    return {
-        spec.name: engine.allocate(spec.dtype, tuple(SIZES[s] if isinstance(s, str) else s for s in spec.shape))
-        for spec in (*graph.inputs, graph.outputs[0])
-    }
+    return {spec.name: engine.allocate(spec.dtype, sized(spec, SIZES)) for spec in (*graph.inputs, graph.outputs[0])}
 
 
 def test_a_call_updates_the_caches_in_place(engine: OnnxRuntimeEngine) -> None:

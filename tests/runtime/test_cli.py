@@ -180,11 +180,16 @@ def test_wrong_usage_exits_with_2() -> None:
     assert run("no-such-command").returncode == 2
 
 
-def test_an_interrupt_ends_generate_quietly(bundle_dir: Path, tmp_path: Path) -> None:
+def long_generate(bundle_dir: Path, tmp_path: Path) -> subprocess.Popen[str]:
+    """A generation of thousands of prompts, under way."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"token_ids": [104, 105]}\n' * 5000)
     command = [sys.executable, "-c", MAIN, "generate", str(bundle_dir), "--prompts", str(prompts), "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_an_interrupt_ends_generate_quietly(bundle_dir: Path, tmp_path: Path) -> None:
+    with long_generate(bundle_dir, tmp_path) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
@@ -194,10 +199,7 @@ def test_an_interrupt_ends_generate_quietly(bundle_dir: Path, tmp_path: Path) ->
 
 
 def test_a_reader_that_leaves_is_no_error(bundle_dir: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"token_ids": [104, 105]}\n' * 5000)
-    command = [sys.executable, "-c", MAIN, "generate", str(bundle_dir), "--prompts", str(prompts), "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with long_generate(bundle_dir, tmp_path) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.readline()
         process.stdout.close()

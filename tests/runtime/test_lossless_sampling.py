@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from dspark_edge.engines.bundle import Bundle
-from dspark_edge.engines.engine import Engine
+from dspark_edge.engines.engine import Engine, sized
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.runtime import Generator, GeneratorOptions, SamplingParams
 from dspark_edge.runtime.ngram import NgramDrafter
@@ -40,9 +40,7 @@ class TargetProbs:
     def __call__(self, prefix: list[int], temperature: float = 1.0) -> Probs:
         sizes = {"batch": 1, "width": len(prefix), "rows": 1, "capacity": 16}
         buffers = {
-            spec.name: self.engine.allocate(
-                spec.dtype, tuple(sizes[s] if isinstance(s, str) else s for s in spec.shape)
-            )
+            spec.name: self.engine.allocate(spec.dtype, sized(spec, sizes))
             for spec in (*self.graph.inputs, self.graph.outputs[0])
         }
         buffers["input_ids"].write(prefix)
