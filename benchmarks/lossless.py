@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from dspark_edge.runtime import Generation, Generator, SamplingParams
-from dspark_edge.runtime.cli.generate import read_prompts
+from dspark_edge.runtime.prompts import read_prompt_records
 
 
 def parting(plain: Generation, static: Generation) -> int | None:
@@ -43,7 +43,8 @@ def main() -> int:
     answers: dict[str, list[Generation]] = {"plain": [], "static": []}
     different = 0
     with Generator.open(arguments.bundle, mode="plain") as plain, Generator.open(arguments.bundle) as static:
-        for number, prompt in enumerate(islice(read_prompts(arguments.prompts), arguments.limit), start=1):
+        for number, record in enumerate(islice(read_prompt_records(arguments.prompts), arguments.limit), start=1):
+            prompt = record.opening
             one, other = plain.generate(prompt, params), static.generate(prompt, params)
             answers["plain"].append(one)
             answers["static"].append(other)

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # Distributions that some job needs, as pip names them.
-TRACKED_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "gguf", "huggingface_hub")
+TRACKED_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "gguf", "huggingface_hub", "matplotlib")
 _ORT_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 _TENSORRT_DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11"),

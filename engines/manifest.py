@@ -1,19 +1,19 @@
 """What a bundle's ``manifest.json`` says: its graphs, the facts of its models, its files.
 
-The dataclasses are the manifest. ``from_json`` reads it strictly, guided by the fields' types: an unknown or
-missing key, a wrong type or a value out of range is a ``BundleError`` that names the key's path. The same
-contract stands in ``docs/bundle.schema.json`` for other languages, and in ``docs/bundle-format.md`` in words.
+The dataclasses are the manifest, and are read strictly (``records.py``). The same contract stands in
+``docs/bundle.schema.json`` for other languages, and in ``docs/bundle-format.md`` in words.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args
 
 from dspark_edge.engines.errors import BundleError
+from dspark_edge.engines.records import Count, Flag, Positive, Record, at_least, matching, non_empty, one_of
 
 __all__ = [
     "DTYPES",
@@ -58,8 +58,6 @@ _SHA256 = r"[0-9a-f]{64}"
 _UTC_TIME = r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\d(\.\d{1,6})?(Z|\+00:00)"
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
-R = TypeVar("R", bound="_Record")
-
 
 def check_path(path: str, where: str) -> str:
     """``path`` itself, if it is relative, normalised and stays inside the bundle.
@@ -80,103 +78,30 @@ def is_recorded(path: str) -> bool:
     return path not in (MANIFEST_NAME, "calibration.json", "devices") and not path.startswith("devices/")
 
 
-# Readers of one JSON value. ``Annotated[type, reader]`` attaches one to a field; ``where`` is the key's path.
-def _matching(pattern: str, expected: str) -> Callable[[object, str], str]:
-    def read(value: object, where: str) -> str:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII | re.DOTALL):
-            raise BundleError(f"{where} is {_shown(value)}; expected {expected}")
-        return value
-
-    return read
-
-
-def _at_least(least: int) -> Callable[[object, str], int]:
-    def read(value: object, where: str) -> int:
-        if type(value) is not int or value < least:  # not isinstance: to Python a bool is an int
-            raise BundleError(f"{where} is {_shown(value)}; expected an integer of at least {least}")
-        return value
-
-    return read
-
-
-def _one_of(allowed: Sequence[str]) -> Callable[[object, str], str]:
-    def read(value: object, where: str) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            choices = " or ".join(json.dumps(choice) for choice in allowed)
-            raise BundleError(f"{where} is {_shown(value)}; expected {choices}")
-        return value
-
-    return read
-
-
-_text = _matching(".+", "a non-empty string")
-
-
-def _flag(value: object, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise BundleError(f"{where} is {_shown(value)}; expected true or false")
-    return value
-
-
 def _dimension(value: object, where: str) -> int | str:
     if isinstance(value, str):
-        return _matching(_SYMBOL, "a name such as 'batch'")(value, where)
-    return _at_least(1)(value, where)
+        return matching(_SYMBOL, "a name such as 'batch'")(value, where)
+    return at_least(1)(value, where)
 
 
-Count = Annotated[int, _at_least(0)]
-Positive = Annotated[int, _at_least(1)]
-Tap = Annotated[int, _at_least(-1)]
-Flag = Annotated[bool, _flag]
+Tap = Annotated[int, at_least(-1)]
 Dimension = Annotated[int | str, _dimension]
-BundlePath = Annotated[str, lambda value, where: check_path(_text(value, where), where)]
-Sha256 = Annotated[str, _matching(_SHA256, "64 lower-case hexadecimal digits")]
-UtcTime = Annotated[str, _matching(_UTC_TIME, "a UTC time such as 2025-01-31T12:00:00Z")]
-
-
-class _Record:
-    """A part of the manifest: a dataclass that is read from and written to a JSON object."""
-
-    __slots__ = ()
-
-    @classmethod
-    def from_json(cls: type[R], data: object, where: str = "manifest") -> R:
-        """The part in a parsed JSON value; ``where`` is its path in messages.
-
-        Raises:
-            BundleError: it breaks the schema; the message names the key's path.
-        """
-        data = _object(data, where)
-        version = data.get("schema_version")
-        if type(version) is int and version > SCHEMA_VERSION:  # before its keys, which may be unknown here
-            raise BundleError(f"{where}: made by a newer version (schema {version}), upgrade dspark-edge")
-        hints = get_type_hints(cls, include_extras=True)
-        for key in sorted(hints.keys() ^ data.keys()):
-            problem = "is missing" if key in hints else "is not known to this version"
-            raise BundleError(f"{where}: the key {key!r} {problem}")
-        record = cls(**{key: _read(hint, data[key], f"{where}.{key}") for key, hint in hints.items()})
-        record._check(where)
-        return record
-
-    def to_json(self) -> dict[str, object]:
-        """The part as JSON values; ``from_json`` gives an equal one back."""
-        return cast("dict[str, object]", _plain(self))
-
-    def _check(self, where: str) -> None:
-        """Raise ``BundleError`` where fields that are right alone contradict each other."""
+BundlePath = Annotated[str, lambda value, where: check_path(non_empty(value, where), where)]
+Sha256 = Annotated[str, matching(_SHA256, "64 lower-case hexadecimal digits")]
+UtcTime = Annotated[str, matching(_UTC_TIME, "a UTC time such as 2025-01-31T12:00:00Z")]
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec(_Record):
+class TensorSpec(Record):
     """One input or output of a graph."""
 
     name: str
-    dtype: Annotated[str, _one_of(DTYPES)]
+    dtype: Annotated[str, one_of(DTYPES)]
     shape: tuple[Dimension, ...]  # sizes, and names of symbolic dimensions: "batch", "width", "capacity", …
 
 
 @dataclass(frozen=True, slots=True)
-class GraphSpec(_Record):
+class GraphSpec(Record):
     """One ONNX graph and its contract."""
 
     file: BundlePath
@@ -202,7 +127,7 @@ class GraphSpec(_Record):
 
 
 @dataclass(frozen=True, slots=True)
-class TargetFacts(_Record):
+class TargetFacts(Record):
     """What the runtime must know of the target model."""
 
     architecture: str  # as the checkpoint's config.json names it: "Qwen3ForCausalLM"
@@ -227,7 +152,7 @@ class TargetFacts(_Record):
 
 
 @dataclass(frozen=True, slots=True)
-class DrafterFacts(_Record):
+class DrafterFacts(Record):
     """What the runtime must know of the drafter.
 
     A drafter of the kind "ngram" has no model: all but ``block_size`` is zero, empty, null, false or "none".
@@ -240,11 +165,12 @@ class DrafterFacts(_Record):
     head_dim: Count
     tap_layers: tuple[Tap, ...]  # target layers whose outputs feed the drafter, in `fc`'s order; -1: the embedding
     markov_rank: Count
-    markov_head: Annotated[str, _one_of(MARKOV_HEADS)]
+    markov_head: Annotated[str, one_of(MARKOV_HEADS)]
     mask_token_id: Count | None
     confidence: Flag  # whether there is a confidence head
-    candidates: Count  # K, tokens per step that the drafter samples from; vocab_size for all of them
+    candidates: Count  # K, tokens per step that the drafter samples from; all that it drafts, or some
     candidate_pool: Count  # tokens of a position that the Markov bias may lift; 0 for all of them
+    draft_vocab_size: Positive | None = None  # P, the target's tokens that it drafts; None for all of them
 
     @classmethod
     def ngram(cls, block_size: int) -> DrafterFacts:
@@ -265,7 +191,7 @@ class DrafterFacts(_Record):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits(_Record):
+class Limits(Record):
     """The sizes that the bundle was exported for."""
 
     capacity: Positive  # C, cache slots per sequence, in tokens
@@ -273,7 +199,7 @@ class Limits(_Record):
 
 
 @dataclass(frozen=True, slots=True)
-class FileRecord(_Record):
+class FileRecord(Record):
     """One file of the bundle as it was exported."""
 
     path: BundlePath
@@ -286,7 +212,7 @@ class FileRecord(_Record):
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance(_Record):
+class Provenance(Record):
     """Where the bundle comes from."""
 
     created_at: UtcTime  # ISO 8601: "2025-01-31T12:00:00Z"
@@ -296,7 +222,7 @@ class Provenance(_Record):
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest(_Record):
+class Manifest(Record):
     """Everything that a bundle says of itself."""
 
     schema_version: Positive
@@ -327,6 +253,12 @@ class Manifest(_Record):
         """The text of ``manifest.json``."""
         return json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
 
+    @classmethod
+    def _check_version(cls, data: Mapping[str, object], where: str) -> None:
+        version = data.get("schema_version")
+        if type(version) is int and version > SCHEMA_VERSION:
+            raise BundleError(f"{where}: made by a newer version (schema {version}), upgrade dspark-edge")
+
     def _check(self, where: str) -> None:
         for role in REQUIRED_ROLES + (("drafter",) if self.drafter.kind == "dspark" else ()):
             if role not in self.graphs:
@@ -338,49 +270,14 @@ class Manifest(_Record):
             raise BundleError(f"{where}.opsets is empty; expected at least ONNX's own domain, ''")
         if len({record.path for record in self.files}) < len(self.files):
             raise BundleError(f"{where}.files records a path twice")
-        if max(self.drafter.candidates, self.drafter.candidate_pool) > self.target.vocab_size:
-            raise BundleError(f"{where}.drafter.candidates exceeds vocab_size, {self.target.vocab_size}")
+        drafted, vocab_size = self.drafter.draft_vocab_size, self.target.vocab_size
+        if drafted is not None and drafted > vocab_size:
+            raise BundleError(f"{where}.drafter.draft_vocab_size exceeds vocab_size, {vocab_size}")
+        limit, size = ("vocab_size", vocab_size) if drafted is None else ("draft_vocab_size", drafted)
+        if max(self.drafter.candidates, self.drafter.candidate_pool) > size:
+            raise BundleError(f"{where}.drafter.candidates exceeds {limit}, {size}")
         if max(self.drafter.tap_layers, default=0) >= self.target.num_layers:
             raise BundleError(f"{where}.drafter.tap_layers: the target has {self.target.num_layers} layers")
-
-
-def _read(hint: object, value: object, where: str) -> object:
-    """``value`` as the type ``hint`` says, or a ``BundleError``."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return args[1](value, where)
-    if origin is Literal:
-        return _one_of(args)(value, where)
-    if origin is Union:  # only ever ``X | None``
-        return None if value is None else _read(args[0], value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise BundleError(f"{where} is {_shown(value)}; expected a list")
-        return tuple(_read(args[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is Mapping:
-        return {key: _read(args[1], item, f"{where}.{key}") for key, item in _object(value, where).items()}
-    if hint is str:
-        return _text(value, where)
-    if isinstance(hint, type) and issubclass(hint, _Record):
-        return hint.from_json(value, where)
-    raise TypeError(f"{where} has a type that manifests cannot hold: {hint}")
-
-
-def _object(value: object, where: str) -> dict[str, object]:
-    if not isinstance(value, dict):
-        raise BundleError(f"{where} is {_shown(value)}; expected an object with named members")
-    return value
-
-
-def _plain(value: object) -> object:
-    """Records, mappings and tuples as JSON values."""
-    if isinstance(value, _Record):
-        return {key: _plain(getattr(value, key)) for key in get_type_hints(type(value))}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _without_duplicates(members: list[tuple[str, object]]) -> dict[str, object]:
@@ -388,8 +285,3 @@ def _without_duplicates(members: list[tuple[str, object]]) -> dict[str, object]:
     if len(data) < len(members):  # readers differ in which of two equal keys wins
         raise ValueError("an object has the same key twice")
     return data
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else f"{text[:57]}..."

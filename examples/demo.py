@@ -1,27 +1,32 @@
 """Answer a prompt from a bundle, then compare plain and speculative decoding on a few more.
 
-python examples/demo.py BUNDLE ["A prompt"]
+python examples/demo.py BUNDLE ["A prompt"] [--verify-length N]
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Mapping, Sequence
 
 from dspark_edge.runtime import Generation, Generator, SamplingParams
 
 PROMPT = "Explain in three sentences why the sky is blue."
-# Prompts of the kinds that people send: to reason, to write code, to rework a text.
-COMPARED = (
-    (
-        "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
-        "How many clips did Natalia sell altogether in April and May? Please reason step by step."
-    ),
-    "Write a Python function that checks whether a word is a palindrome, with a docstring and two examples.",
-    (
-        "Correct the spelling and repeat the whole text: 'The wether was good, so we went to the beech and we "
-        "swam in the see untill the sun went down, and then we walked home allong the river.'"
-    ),
+# Prompts of the kinds that people send. The drafter was trained on none of them.
+ROLLS = "A baker sells 36 rolls in the morning and twice as many in the afternoon, for $0.50 each. How much is that?"
+PENCILS = "Tom has 3 boxes with 12 pencils each and gives 5 pencils to each of 4 friends. How many does he have left?"
+TRAIN = "A train travels 60 miles an hour for 2 hours and then 45 miles an hour for 4 hours. How far does it travel?"
+PALINDROME = "Write a Python function that checks whether a word is a palindrome, with a docstring and two examples."
+LARGEST = "Write a Python function that returns the n largest numbers of a list without sorting it in place."
+SPELLING = (
+    "Correct the spelling and repeat the whole text: 'The wether was good, so we went to the beech and we swam in the "
+    "see untill the sun went down, and then we walked home allong the river.'"
 )
+COMPARED: Mapping[str, Sequence[str]] = {
+    "math": (ROLLS, PENCILS, TRAIN),
+    "code": (PALINDROME, LARGEST),
+    "chat": (PROMPT, SPELLING),
+}
 PARAMS = SamplingParams(max_new_tokens=128)
 
 
@@ -35,37 +40,55 @@ def answer(generator: Generator, prompt: str, show: bool = False) -> Generation:
     raise RuntimeError("a stream ended without its generation")
 
 
-def tokens_per_second(answers: list[Generation]) -> float:
+def tokens_per_second(answers: Sequence[Generation]) -> float:
     """Decoding speed over all answers, prefill left out."""
     tokens = sum(one.statistics.new_tokens - 1 for one in answers)
     seconds = sum(one.statistics.draft_s + one.statistics.verify_s + one.statistics.host_s for one in answers)
     return tokens / seconds
 
 
+def accepted_length(answers: Sequence[Generation]) -> float:
+    """Committed tokens a round."""
+    rounds = sum(one.statistics.rounds for one in answers)
+    return sum(sum(one.statistics.accepted_lengths) for one in answers) / max(rounds, 1)
+
+
 def main() -> int:
-    path = sys.argv[1]
-    with Generator.open(path, mode="plain") as plain, Generator.open(path, mode="static") as speculative:
-        prompt = sys.argv[2] if len(sys.argv) > 2 else PROMPT
-        print(f"> {prompt}\n")
-        answer(speculative, prompt, show=True)
-        print("\n")
-        plain_answers: list[Generation] = []
-        speculative_answers: list[Generation] = []
-        for compared in (prompt, *COMPARED):  # in turn, so that a busy machine slows both
-            plain.reset()
-            speculative.reset()
-            plain_answers.append(answer(plain, compared))
-            speculative_answers.append(answer(speculative, compared))
-        rounds = sum(one.statistics.rounds for one in speculative_answers)
-        accepted = sum(sum(one.statistics.accepted_lengths) for one in speculative_answers)
-        same = all(a.token_ids == b.token_ids for a, b in zip(plain_answers, speculative_answers, strict=True))
-        drafter = speculative.bundle.manifest.drafter.kind
-    before, after = tokens_per_second(plain_answers), tokens_per_second(speculative_answers)
-    print(f"plain decoding        {before:7.1f} tokens/s")
-    print(f"speculative ({drafter}) {after:9.1f} tokens/s   {after / before:.2f}x")
-    print(f"accepted length       {accepted / max(rounds, 1):7.2f} tokens a round")
-    print(f"same tokens           {'yes' if same else 'NO'}")
-    return 0 if same else 1
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle")
+    parser.add_argument("prompt", nargs="?", default=PROMPT)
+    parser.add_argument("--verify-length", type=int, help="draft tokens verified a round (default: the whole block)")
+    given = parser.parse_args()
+    with (
+        Generator.open(given.bundle, mode="plain") as plain,
+        Generator.open(given.bundle, mode="static", verify_length=given.verify_length) as speculative,
+    ):
+        print(f"> {given.prompt}\n")
+        answer(speculative, given.prompt, show=True)
+        print(f"\n\nspeculative decoding, drafter: {speculative.bundle.manifest.drafter.kind}")
+        print("prompts   plain tokens/s   speculative   ratio   accepted length   same tokens")
+        everything: list[tuple[Generation, Generation]] = []
+        for kind, prompts in COMPARED.items():
+            pairs = []
+            for prompt in prompts:  # in turn, so that a busy machine slows both
+                plain.reset()
+                speculative.reset()
+                pairs.append((answer(plain, prompt), answer(speculative, prompt)))
+            print(row(kind, pairs), flush=True)
+            everything += pairs
+        print(row("all", everything))
+    return 0 if all(a.token_ids == b.token_ids for a, b in everything) else 1
+
+
+def row(kind: str, pairs: Sequence[tuple[Generation, Generation]]) -> str:
+    """A line of the table."""
+    before, after = ([pair[side] for pair in pairs] for side in (0, 1))
+    old, new = tokens_per_second(before), tokens_per_second(after)
+    same = all(a.token_ids == b.token_ids for a, b in pairs)
+    return (
+        f"{kind:<7} {old:16.1f} {new:13.1f} {new / old:6.2f}x {accepted_length(after):17.2f}   "
+        f"{'yes' if same else 'NO'}"
+    )
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
-# Buffers such as position ids and masks: they may lie beside the weights, but are none.
-_BUFFER_TYPES = frozenset({"I64", "BOOL"})
+# Tables of token ids, and buffers such as position ids and masks: they may lie beside the weights, but are none.
+_BUFFER_SIZES = {"I64": 8, "BOOL": 1}
 # safetensors itself refuses longer headers.
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -69,6 +69,9 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, read now, in its stored float type. Raises `CheckpointError` when it cannot be."""
+
+    def integers(self, name: str) -> torch.Tensor:
+        """An int64 tensor, read now. Raises `CheckpointError` when it cannot be, or is of another type."""
 
     def text_files(self) -> dict[str, bytes]:
         """Content of those of `TEXT_FILES` that the checkpoint has."""
@@ -145,10 +148,20 @@ class SafetensorsCheckpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         entry = self._entry(name)
-        if self._closed:
-            raise CheckpointError(f"{self.source}: the checkpoint is closed; open it again to read {name!r}")
         if entry.dtype not in _ITEM_SIZES:
             raise _unsupported_dtype(entry.shard, name, entry.dtype)
+        return self._read(entry, name)
+
+    def integers(self, name: str) -> torch.Tensor:
+        entry = self._entry(name)
+        if entry.dtype != "I64":
+            raise CheckpointError(f"{entry.shard}: tensor {name!r} is of type {entry.dtype}, expected I64 (int64)")
+        return self._read(entry, name)
+
+    def _read(self, entry: _Entry, name: str) -> torch.Tensor:
+        """The tensor, mapped: what is not touched of it is not read."""
+        if self._closed:
+            raise CheckpointError(f"{self.source}: the checkpoint is closed; open it again to read {name!r}")
         try:
             shard = self._shards.get(entry.shard)
             if shard is None:
@@ -278,7 +291,7 @@ def _read_shard(path: Path) -> dict[str, _Entry]:
         if name == "__metadata__":
             continue
         entry, begin, end = _parse_entry(path, name, info)
-        item_size = _ITEM_SIZES.get(entry.dtype)
+        item_size = _ITEM_SIZES.get(entry.dtype) or _BUFFER_SIZES.get(entry.dtype)
         if item_size is not None and end - begin != item_size * math.prod(entry.shape):
             raise _damaged(path, f"tensor {name!r} has {end - begin} bytes for shape {entry.shape}")
         end_of_data = max(end_of_data, end)
@@ -286,7 +299,7 @@ def _read_shard(path: Path) -> dict[str, _Entry]:
     if end_of_data != data_bytes:
         raise _damaged(path, f"the header promises {end_of_data} bytes of tensors, not {data_bytes}")
     for name, entry in entries.items():
-        if entry.dtype not in _ITEM_SIZES and entry.dtype not in _BUFFER_TYPES:
+        if entry.dtype not in _ITEM_SIZES and entry.dtype not in _BUFFER_SIZES:
             raise _unsupported_dtype(path, name, entry.dtype)
     return entries
 

@@ -93,6 +93,12 @@ class DrafterConfig:
     markov_head: str  # vanilla | gated | rnn | none
     confidence: bool
     confidence_with_markov: bool
+    draft_vocab_size: int | None = None  # P, the tokens that it drafts; None: all of the vocabulary
+
+    @property
+    def head_size(self) -> int:
+        """Tokens that can be drafted: rows of the head and of the Markov bias, P or V."""
+        return self.backbone.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
 
 
 class _Reader:
@@ -235,8 +241,19 @@ def read_decoder_config(config: Mapping[str, Any], source: str) -> DecoderConfig
     return _read_backbone(reader, reader.architecture(_TARGETS, "target"))
 
 
+def _read_draft_vocab_size(reader: _Reader, vocab_size: int) -> int | None:
+    if reader.values.get("draft_vocab_size") is None:
+        return None
+    size = reader.count("draft_vocab_size")
+    if size > vocab_size:
+        raise CheckpointError(
+            f"{reader.source}: 'draft_vocab_size' in config.json is {size}, more than the vocabulary of {vocab_size}"
+        )
+    return None if size == vocab_size else size
+
+
 def read_drafter_config(config: Mapping[str, Any], source: str) -> DrafterConfig:
-    """Read a drafter's configuration (DeepSpec format).
+    """Read a drafter's configuration (DeepSpec format, and `draft_vocab_size` as an addition to it).
 
     Raises:
         CheckpointError: the architecture or an option of it is unknown, or a value is missing or malformed.
@@ -271,6 +288,7 @@ def read_drafter_config(config: Mapping[str, Any], source: str) -> DrafterConfig
         markov_head=str(head),
         confidence=confidence,
         confidence_with_markov=with_markov,
+        draft_vocab_size=_read_draft_vocab_size(reader, backbone.vocab_size),
     )
 
 

@@ -72,7 +72,7 @@ def drafter_contract(drafter: DrafterConfig, candidates: int, capacity: int | st
             *confidence,
             TensorSpec("candidate_ids", "int64", ("batch", block, candidates)),
             TensorSpec("candidate_probs", "float32", ("batch", block, candidates)),
-            TensorSpec("base_logits", "float32", ("batch", block, backbone.vocab_size)),
+            TensorSpec("base_logits", "float32", ("batch", block, drafter.head_size)),
             *present,
         ),
         aliases=dict(_aliases(present, past)),

@@ -102,7 +102,7 @@ def export_bundle(
         pair = open_pair(stack, target, drafter)
         facts = drafter_facts(pair, options)
         capacity = options.resolve_capacity(pair.target_config, facts.block_size)
-        check_weights(pair, capacity, options.resolve_candidates(pair.target_config), TORCH_DTYPES[options.dtype])
+        check_weights(pair, capacity, facts.candidates, TORCH_DTYPES[options.dtype])
         if tokenizer is None:
             text_files = pair.target.text_files()
         else:

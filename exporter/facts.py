@@ -74,8 +74,9 @@ def drafter_facts(pair: Pair, options: ExportOptions) -> DrafterFacts:
         markov_head=drafter.markov_head,
         mask_token_id=drafter.mask_token_id,
         confidence=drafter.confidence,
-        candidates=options.resolve_candidates(pair.target_config),
-        candidate_pool=options.resolve_pool(pair.target_config, drafter) or 0,
+        candidates=options.resolve_candidates(drafter),
+        candidate_pool=options.resolve_pool(drafter) or 0,
+        draft_vocab_size=drafter.draft_vocab_size,
     )
 
 

@@ -108,6 +108,10 @@ class GGUFCheckpoint:
                 return interleaved_to_halves(value, self.config["num_key_value_heads"])
         return value
 
+    def integers(self, name: str) -> torch.Tensor:
+        """Raises `CheckpointError`: a GGUF file holds weights only."""
+        raise CheckpointError(f"{self.source}: has no integer tensor {name!r}")
+
     def text_files(self) -> dict[str, bytes]:
         """The tokenizer's files, rebuilt. Raises `CheckpointError` for a tokenizer that cannot be."""
         return tokenizer_files(self._metadata)

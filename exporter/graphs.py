@@ -58,8 +58,8 @@ def _trace_drafter(pair: Pair, options: ExportOptions, capacity: int) -> Graph:
     if pair.drafter_config is None:
         raise RuntimeError("an ngram drafter has no graph")
     cache_size = "capacity" if lowering.dynamic_capacity else capacity
-    candidates = options.resolve_candidates(pair.target_config)
-    pool = options.resolve_pool(pair.target_config, pair.drafter_config)
+    candidates = options.resolve_candidates(pair.drafter_config)
+    pool = options.resolve_pool(pair.drafter_config)
     contract = drafter_contract(pair.drafter_config, candidates, cache_size, options.dtype)
     dtype = TORCH_DTYPES[options.dtype]
     model = trace(lambda: pair.build_drafter(capacity, candidates, pool, dtype), contract, lowering)

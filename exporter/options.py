@@ -70,11 +70,11 @@ class ExportOptions:
             raise InvalidInputError(f"capacity is {self.capacity}, expected more than a block of {block_size} tokens")
         return self.capacity
 
-    def resolve_candidates(self, target: DecoderConfig) -> int:
-        """K: never more than there are tokens."""
-        return min(self.candidates, target.vocab_size)
+    def resolve_candidates(self, drafter: DrafterConfig) -> int:
+        """K: never more than there are tokens that can be drafted."""
+        return min(self.candidates, drafter.head_size)
 
-    def resolve_pool(self, target: DecoderConfig, drafter: DrafterConfig) -> int | None:
+    def resolve_pool(self, drafter: DrafterConfig) -> int | None:
         """The pool to export with; None where it would bound nothing."""
         pool = self.candidate_pool
-        return None if pool is None or pool >= target.vocab_size or not drafter.markov_rank else pool
+        return None if pool is None or pool >= drafter.head_size or not drafter.markov_rank else pool

@@ -23,6 +23,7 @@ from dspark_edge.exporter.weights import (
     check_shapes,
     check_shared_weights,
     drafter_sources,
+    read_draft_vocab_ids,
     target_sources,
 )
 
@@ -83,6 +84,9 @@ def open_pair(stack: ExitStack, target: str | Path, drafter: str | Path) -> Pair
 
 def check_weights(pair: Pair, capacity: int, candidates: int, dtype: torch.dtype) -> None:
     """Check every tensor's presence and shape, and the drafter's copies of the target's, before any work is done."""
+    drafter, drafter_config = pair.drafter, pair.drafter_config
+    if drafter is not None and drafter_config is not None and drafter_config.draft_vocab_size is not None:
+        read_draft_vocab_ids(drafter, drafter_config)
     with torch.device("meta"):
         check_shapes(pair.build_target(capacity, dtype), pair.target_sources(capacity), pair.target.source)
         if pair.drafter is not None:

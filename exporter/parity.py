@@ -132,7 +132,7 @@ def _check_fit(manifest: Manifest, pair: Pair) -> None:
     for name in ("vocab_size", "hidden_size", "num_layers", "num_key_value_heads", "head_dim"):
         compared.append((f"target's {name}", getattr(facts, name), getattr(config, name)))
     if drafter is not None:
-        for name in ("block_size", "tap_layers", "markov_rank", "markov_head", "confidence"):
+        for name in ("block_size", "tap_layers", "markov_rank", "markov_head", "confidence", "draft_vocab_size"):
             compared.append((f"drafter's {name}", getattr(manifest.drafter, name), getattr(drafter, name)))
         for name in ("num_layers", "num_key_value_heads", "head_dim"):
             compared.append((f"drafter's {name}", getattr(manifest.drafter, name), getattr(drafter.backbone, name)))

@@ -17,9 +17,17 @@ from dspark_edge.engines.errors import CheckpointError, MismatchError
 from dspark_edge.exporter.checkpoint import Checkpoint
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig, RotaryConfig
 
-__all__ = ["WeightSource", "check_shared_weights", "drafter_sources", "load_module", "rotary_tables", "target_sources"]
+__all__ = [
+    "WeightSource",
+    "check_shared_weights",
+    "drafter_sources",
+    "load_module",
+    "read_draft_vocab_ids",
+    "rotary_tables",
+    "target_sources",
+]
 
-_Rows = tuple[int, int]
+_DRAFT_VOCAB_IDS = "draft_vocab_ids"
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class WeightSource:
 
 @dataclass(frozen=True)
 class ComputedSource:
-    """A parameter that is computed, such as a rotary table; `key` identifies it among equals."""
+    """A parameter that is computed, such as a rotary table or rows of a matrix; `key` identifies it among equals."""
 
     key: str
     compute: Callable[[], torch.Tensor] = field(compare=False, repr=False)
@@ -173,10 +181,56 @@ def _vocabulary_sources(target: Checkpoint, config: DecoderConfig) -> tuple[Weig
     return embedding, WeightSource(target, ("lm_head.weight",), False, "target")
 
 
+def read_draft_vocab_ids(drafter: Checkpoint, config: DrafterConfig) -> torch.Tensor:
+    """The target's ids of the tokens that a drafter with a draft vocabulary drafts, [P] int64, ascending.
+
+    Raises:
+        CheckpointError: they are missing, of another type or shape, out of range, or not strictly increasing.
+    """
+    given, wanted = list(drafter.shape(_DRAFT_VOCAB_IDS)), [config.draft_vocab_size]
+    if given != wanted:
+        raise CheckpointError(f"{drafter.source}: {_DRAFT_VOCAB_IDS} has shape {given}, config.json asks for {wanted}")
+    ids = drafter.integers(_DRAFT_VOCAB_IDS)
+    vocabulary = config.backbone.vocab_size
+    outside = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(outside):
+        raise CheckpointError(
+            f"{drafter.source}: {_DRAFT_VOCAB_IDS} holds {int(outside[0])}, outside the vocabulary of {vocabulary}"
+        )
+    falling = (ids[1:] <= ids[:-1]).nonzero()
+    if len(falling):
+        row = int(falling[0])
+        raise CheckpointError(
+            f"{drafter.source}: {_DRAFT_VOCAB_IDS} is not strictly increasing: {int(ids[row + 1])} follows "
+            f"{int(ids[row])} in row {row + 1}"
+        )
+    return ids
+
+
+def _draft_vocabulary_sources(
+    head: WeightSource, drafter: Checkpoint, config: DrafterConfig
+) -> Iterator[tuple[str, Source]]:
+    """The table of a draft vocabulary, and the rows of the target's head that it names."""
+
+    def read_ids() -> torch.Tensor:
+        return read_draft_vocab_ids(drafter, config)
+
+    def read_rows() -> torch.Tensor:
+        # Taken before they are converted: safetensors maps the matrix, and its other rows are not read.
+        return head.checkpoint.tensor(head.names[0])[read_ids()]
+
+    size = config.head_size
+    yield "draft_vocabulary.ids", ComputedSource("draft vocabulary ids", read_ids, (size,))
+    yield "lm_head.weight", ComputedSource("draft vocabulary head", read_rows, (size, config.backbone.hidden_size))
+
+
 def drafter_sources(
     target: Checkpoint, config: DecoderConfig, drafter: Checkpoint, drafter_config: DrafterConfig, positions: int
 ) -> dict[str, Source]:
-    """Sources of `modules.drafter.Drafter`'s parameters; embedding and head are the target's own."""
+    """Sources of `modules.drafter.Drafter`'s parameters; embedding and head are the target's own.
+
+    With a draft vocabulary, the head is a copy of the rows of the target's that it names.
+    """
     recipes = _Recipes(drafter, "drafter", "")
     recipes.layers(drafter_config.backbone)
     if drafter_config.markov_rank:
@@ -188,7 +242,10 @@ def drafter_sources(
     if drafter_config.confidence:
         recipes.project("confidence_head", "confidence_head.proj", bias=True)
     sources = recipes.sources
-    sources["embed_tokens.weight"], sources["lm_head.weight"] = _vocabulary_sources(target, config)
+    sources["embed_tokens.weight"], head = _vocabulary_sources(target, config)
+    sources["lm_head.weight"] = head
+    if drafter_config.draft_vocab_size is not None:
+        sources.update(_draft_vocabulary_sources(head, drafter, drafter_config))
     sources.update(_rotary_sources("rotary", drafter_config.backbone, positions))
     return sources
 

@@ -29,7 +29,7 @@ _LOW_MEMORY = 2 * _GIB
 _LOW_DISK = 5 * _GIB
 # What each job imports, as pip names it; the extra brings them.
 _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors")
-_TRAIN_PACKAGES = ("torch", "safetensors")
+_TRAIN_PACKAGES = ("torch", "safetensors", "matplotlib")
 _FETCH_PACKAGES = ("huggingface_hub",)
 _TITLES = {
     "cpu": "Run a bundle on the CPU",

@@ -19,11 +19,12 @@ from typing import Any
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import Engine
 from dspark_edge.engines.errors import CapacityError, InvalidInputError
+from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.chat_template import ChatTemplate, Message
 from dspark_edge.runtime.detokenizer import IncrementalDetokenizer
 from dspark_edge.runtime.model import ModelDrafter, ModelVerifier
 from dspark_edge.runtime.ngram import NgramDrafter
-from dspark_edge.runtime.round import Drafter, Policy, Request, decode_round, static_policy
+from dspark_edge.runtime.round import Drafter, Observer, Policy, Request, decode_round, static_policy
 from dspark_edge.runtime.sampling import RandomStream, SamplingParams
 from dspark_edge.runtime.sequence import Sequence
 from dspark_edge.runtime.statistics import Statistics, Tally
@@ -97,9 +98,11 @@ class Generator:
         engine: executes the bundle's graphs; closed with the generator.
         options: see `GeneratorOptions`.
         make_drafter: makes another drafter than the bundle's own, on the engine; the mode still decides its use.
+        observer: is shown every round.
+        calibration: of the drafter's confidences, instead of the bundle's own.
 
     Raises:
-        BundleError: the bundle's tokenizer or chat template is damaged.
+        BundleError: the bundle's tokenizer, chat template or calibration is damaged.
         InvalidInputError: an option does not fit the bundle.
     """
 
@@ -108,6 +111,8 @@ class Generator:
         engine: Engine,
         options: GeneratorOptions | None = None,
         make_drafter: Callable[[Engine], Drafter] | None = None,
+        observer: Observer | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self._engine = engine
         self.options = options or GeneratorOptions()
@@ -118,7 +123,8 @@ class Generator:
         self.tokenizer = Tokenizer.load(self.bundle.path)
         self.chat_template = ChatTemplate.load(self.bundle.path) if self.tokenizer else None
         self._verifier = ModelVerifier(engine, self.options.prefill_chunk)
-        self._drafter, self._policy = self._plan(make_drafter)
+        self._drafter, self._policy = self._plan(make_drafter, calibration)
+        self._observer = observer
         self._sequence: Sequence | None = None  # what the caches hold
         self._cancelled = threading.Event()
 
@@ -231,7 +237,9 @@ class Generator:
         self._cancelled.clear()
         return self._decode(token_ids, params)
 
-    def _plan(self, make_drafter: Callable[[Engine], Drafter] | None) -> tuple[Drafter | None, Policy]:
+    def _plan(
+        self, make_drafter: Callable[[Engine], Drafter] | None, calibration: Calibration | None
+    ) -> tuple[Drafter | None, Policy]:
         """Drafter and policy of the options' mode."""
         facts = self.bundle.manifest.drafter
         if self.options.mode == "plain":
@@ -242,7 +250,8 @@ class Generator:
         elif facts.kind == "ngram":
             drafter = NgramDrafter(self._engine, facts.block_size)
         else:
-            drafter = ModelDrafter(self._engine, self._verifier.caches)
+            calibration = calibration or Calibration.load(self.bundle)
+            drafter = ModelDrafter(self._engine, self._verifier.caches, calibration)
         length = self.options.verify_length or drafter.block_size
         if length > drafter.block_size:
             raise InvalidInputError(f"verify_length is {length}, the drafter's block has {drafter.block_size} tokens")
@@ -305,6 +314,8 @@ class Generator:
             text = answer.take_in()
             tally.add(record)
             tally.decode_s += perf_counter() - round_started
+            if self._observer is not None:
+                self._observer(record)
 
 
 class _Answer:

@@ -13,6 +13,7 @@ import numpy as np
 
 from dspark_edge.engines.engine import Buffer, Call, Engine, sized
 from dspark_edge.engines.manifest import GraphSpec, TensorSpec
+from dspark_edge.runtime.calibration import Calibration, Scaling
 from dspark_edge.runtime.round import NO_DRAFT, Candidates, Draft, Request, Verdict
 from dspark_edge.runtime.sampling import RandomStream, SamplingParams
 
@@ -232,15 +233,17 @@ class ModelDrafter:
     Args:
         engine: executes the graph.
         caches: the verifier's.
+        calibration: what makes chances of the confidence logits; None takes the logits at their word.
     """
 
-    def __init__(self, engine: Engine, caches: Caches) -> None:
+    def __init__(self, engine: Engine, caches: Caches, calibration: Calibration | None = None) -> None:
         manifest = engine.bundle.manifest
         facts = manifest.drafter
         self._engine, self._caches = engine, caches
         self._graph = manifest.graphs["drafter"]
         self._limit = manifest.limits.capacity
         self._block_size, self._num_candidates = facts.block_size, facts.candidates
+        self._calibration, self._uncalibrated = calibration, Scaling.identity(facts.block_size)
         self._buffers: dict[str, Buffer] = {}
         for spec in (*self._graph.inputs, *self._graph.outputs):
             # base_logits are for inspection; what is not bound is not delivered
@@ -272,10 +275,12 @@ class ModelDrafter:
         else:
             buffers["noise"].write(request.random.gumbels(1, self._block_size, self._num_candidates))
         self._call.run()
-        confidence = None
+        logits = confidences = None
         if self._confidence_logits is not None:
-            confidence = tuple(self._confidence_logits.read()[0].tolist())
-        return Draft(tuple(buffers["draft_ids"].read()[0].tolist()), confidence, self._candidates)
+            logits = tuple(self._confidence_logits.read()[0].tolist())
+            scaling = self._calibration.at(params.temperature) if self._calibration else self._uncalibrated
+            confidences = scaling.confidences(logits)
+        return Draft(tuple(buffers["draft_ids"].read()[0].tolist()), logits, self._candidates, confidences)
 
     def _bind(self) -> Call:
         self._call_version = self._caches.version

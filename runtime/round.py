@@ -20,6 +20,7 @@ __all__ = [
     "Candidates",
     "Draft",
     "Drafter",
+    "Observer",
     "Policy",
     "Request",
     "Round",
@@ -46,6 +47,7 @@ class Draft:
     token_ids: tuple[int, ...]
     confidence_logits: tuple[float, ...] | None = None  # conditional on the drafts before being accepted
     candidates: Candidates | None = None  # None only where there are no tokens, or a scripted verifier needs none
+    confidences: tuple[float, ...] | None = None  # the same as calibrated chances in [0, 1], see `Calibration`
 
 
 NO_DRAFT = Draft(())
@@ -110,11 +112,21 @@ def static_policy(length: int) -> Policy:
 class Round:
     """The record of one round."""
 
-    drafted: int  # tokens the drafter proposed
+    position: int  # the anchor's
+    draft: Draft
     verify_length: int
     accepted_length: int  # committed tokens, the target's own included
     draft_s: float
     verify_s: float
+
+    @property
+    def drafted(self) -> int:
+        """Tokens the drafter proposed."""
+        return len(self.draft.token_ids)
+
+
+Observer = Callable[[Round], None]
+"""Is shown every round that was decoded, outside of what is timed."""
 
 
 def decode_round(request: Request, verifier: Verifier, drafter: Drafter | None, policy: Policy) -> Round:
@@ -127,7 +139,8 @@ def decode_round(request: Request, verifier: Verifier, drafter: Drafter | None, 
         policy: chooses the verify length.
     """
     sequence = request.sequence
-    room = verifier.capacity - sequence.cache_length - 1  # slots behind the anchor's own
+    position = sequence.cache_length
+    room = verifier.capacity - position - 1  # slots behind the anchor's own
 
     started = perf_counter()
     draft = drafter.draft(request) if drafter is not None and room > 0 else NO_DRAFT
@@ -140,7 +153,8 @@ def decode_round(request: Request, verifier: Verifier, drafter: Drafter | None, 
     accepted = draft.token_ids[: verdict.accepted_length]
     sequence.commit((*accepted, verdict.next_id), verdict.log_probs)
     return Round(
-        drafted=len(draft.token_ids),
+        position=position,
+        draft=draft,
         verify_length=verify_length,
         accepted_length=len(accepted) + 1,
         draft_s=drafted - started,

@@ -1,4 +1,4 @@
-"""What the lowerings share: translations that need nothing newer than opset 18.
+"""What the lowerings share: translations that need nothing newer than opset 18, where they do not say so.
 
 Every function takes the onnxscript opset to write with as its first argument, so that each lowering can bind its own.
 """
@@ -21,6 +21,7 @@ __all__ = [
     "heads_of",
     "ints",
     "merge_heads",
+    "rms_norm",
     "scalar",
     "shared_translations",
     "split_heads",
@@ -75,6 +76,11 @@ def heads_of(past: Any, states: Any) -> tuple[int, int, int]:
     """Key/value heads and head size from a cache [B, K, C, D], and the number of heads in states [B, W, heads·D]."""
     key_value_heads, size = int(past.shape[1]), int(past.shape[3])
     return key_value_heads, size, int(states.shape[2]) // size
+
+
+def rms_norm(op: Any, states: Any, weight: Any, epsilon: float) -> Any:
+    """As one operator; opset 23."""
+    return op.RMSNormalization(states, weight, axis=-1, epsilon=epsilon)
 
 
 def project_vocabulary(op: Any, states: Any, weight: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,10 +58,6 @@ def cached_attention(
     return common.merge_heads(op, output), present_key, present_value
 
 
-def rms_norm(states: Any, weight: Any, epsilon: float) -> Any:
-    return op.RMSNormalization(states, weight, axis=-1, epsilon=epsilon)
-
-
 LOWERING = Lowering(
     name="onnx",
     opset=24,
@@ -68,7 +65,7 @@ LOWERING = Lowering(
     translations={
         torch.ops.dspark.cached_attention.default: cached_attention,
         torch.ops.dspark.write_cache.default: write_cache,
-        torch.ops.dspark.rms_norm.default: rms_norm,
+        torch.ops.dspark.rms_norm.default: partial(common.rms_norm, op),
         **common.shared_translations(op),
     },
     dynamic_capacity=False,  # TensorRT's KV_CACHE_UPDATE wants a static capacity

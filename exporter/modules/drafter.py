@@ -28,7 +28,7 @@ class MarkovHead(nn.Module):
         self.kind = config.markov_head
         self.rank = rank
         self.markov_w1 = Embedding(config.backbone.vocab_size, rank, torch.float32)
-        self.markov_w2 = Embedding(config.backbone.vocab_size, rank, torch.float32)
+        self.markov_w2 = Embedding(config.head_size, rank, torch.float32)
         if self.kind == "gated":
             self.gate_proj = Projection(hidden + rank, rank, bias=True)
         elif self.kind == "rnn":
@@ -37,7 +37,7 @@ class MarkovHead(nn.Module):
     def features(
         self, edge: torch.Tensor, hidden: torch.Tensor, state: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The vector that W2 projects on the vocabulary, and the next state; all [B, r], hidden [B, d]."""
+        """The vector that W2 projects on the draft vocabulary, and the next state; all [B, r], hidden [B, d]."""
         if self.kind == "gated":
             return torch.sigmoid(self.gate_proj(torch.cat((hidden, edge), dim=-1))) * edge, state
         if self.kind == "rnn":
@@ -49,15 +49,31 @@ class MarkovHead(nn.Module):
         return edge, state
 
     def bias(self, features: torch.Tensor, pool_ids: torch.Tensor | None) -> torch.Tensor:
-        """features [B, r] → bias on the whole vocabulary [B, V], or on a pool of it: pool_ids [B, M] → [B, M]."""
+        """features [B, r] → bias on the draft vocabulary [B, P], or on a pool of it: pool_ids [B, M] → [B, M]."""
         if pool_ids is None:
             bias: torch.Tensor = operators.project_vocabulary(features, self.markov_w2.weight)
             return bias
         return (self.markov_w2(pool_ids) @ features.unsqueeze(-1)).squeeze(-1)
 
 
+class DraftVocabulary(nn.Module):
+    """Rows of the head [...] → target token ids [...], by the table of a draft vocabulary [P] int64."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        # int64 whatever the model's type: no float type holds every id.
+        self.ids = nn.Parameter(torch.empty(size, dtype=torch.int64), requires_grad=False)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        # As an embedding, which every backend knows as Gather; indexing would be traced to GatherND.
+        return nn.functional.embedding(rows, self.ids[:, None]).squeeze(-1)
+
+
 class Drafter(nn.Module):
     """Drafts a block after the anchor.
+
+    P stands for the tokens that it drafts: all V of them, or those of its draft vocabulary. Ids that go in or out are
+    always the target's.
 
     Args of forward:
         anchor_ids: [B] int64, the last committed tokens.
@@ -68,7 +84,7 @@ class Drafter(nn.Module):
 
     Returns:
         draft_ids [B, γ] int64, confidence_logits [B, γ] fp32 or None, candidate_ids [B, γ, K] int64,
-        candidate_probs [B, γ, K] fp32 (exactly the probabilities drafted from), base_logits [B, γ, V] fp32 (before
+        candidate_probs [B, γ, K] fp32 (exactly the probabilities drafted from), base_logits [B, γ, P] fp32 (before
         the sequential head), and the caches with the block's keys and values behind the context.
     """
 
@@ -84,7 +100,9 @@ class Drafter(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(backbone, False, dtype) for _ in range(backbone.num_layers))
         self.norm = RMSNorm(backbone.hidden_size, backbone.rms_norm_eps, dtype)
         self.rotary = RotaryTable(positions, backbone.head_dim, dtype)
-        self.lm_head = Embedding(backbone.vocab_size, backbone.hidden_size, dtype)
+        self.lm_head = Embedding(config.head_size, backbone.hidden_size, dtype)
+        size = config.draft_vocab_size
+        self.draft_vocabulary = None if size is None else DraftVocabulary(size)
         self.markov_head = MarkovHead(config) if config.markov_rank else None
         inputs = backbone.hidden_size + (config.markov_rank if config.confidence_with_markov else 0)
         self.confidence_head = Projection(inputs, 1, bias=True) if config.confidence else None
@@ -118,7 +136,7 @@ class Drafter(nn.Module):
         self,
         anchor_ids: torch.Tensor,
         hidden: torch.Tensor,  # [B, γ, d] fp32
-        base_logits: torch.Tensor,  # [B, γ, V] fp32
+        base_logits: torch.Tensor,  # [B, γ, P] fp32
         temperature: torch.Tensor,
         noise: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
@@ -146,6 +164,8 @@ class Drafter(nn.Module):
             best, candidate_ids = torch.topk(logits, self.candidates, dim=-1)
             if pool_ids is not None:
                 candidate_ids = pool_ids.gather(1, candidate_ids)
+            if self.draft_vocabulary is not None:
+                candidate_ids = self.draft_vocabulary(candidate_ids)
             scaled = best / divisor
             probs = torch.softmax(scaled, dim=-1)
             choice = (scaled + noise[:, step]).argmax(dim=-1, keepdim=True)

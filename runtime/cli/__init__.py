@@ -25,8 +25,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "parity": ("dspark_edge.exporter.cli:parity", "Compare a bundle with its checkpoints in torch, output by output."),
     "generate": ("dspark_edge.runtime.cli.generate:generate", "Answer prompts."),
     "chat": ("dspark_edge.runtime.cli.chat:chat", "Talk to a model."),
+    "respond": ("dspark_edge.trainer.respond_cli:respond", "Write a target's own answers, to train a drafter on."),
+    "train": ("dspark_edge.trainer.train_cli:train", "Train a drafter for a target."),
+    "evaluate": ("dspark_edge.trainer.evaluate_cli:evaluate_command", "Measure a bundle on prompts."),
+    "calibrate": ("dspark_edge.trainer.evaluate_cli:calibrate_command", "Fit a bundle's confidences to prompts."),
     "doctor": ("dspark_edge.runtime.cli.doctor:doctor", "Say what this machine can do, and how to add what it cannot."),
 }
+
+_WITH_TORCH = ("dspark_edge.exporter.cli", "dspark_edge.trainer.train_cli")
 
 
 @contextmanager
@@ -52,13 +58,14 @@ class _LazyGroup(click.Group):
             return None
         module_name, attribute = COMMANDS[cmd_name][0].split(":")
         try:
-            with waiting("loading torch") if module_name.startswith("dspark_edge.exporter") else nullcontext():
+            with waiting("loading torch") if module_name in _WITH_TORCH else nullcontext():
                 module = import_module(module_name)
         except ModuleNotFoundError as error:
             missing = (error.name or "").split(".")[0]
             if missing == "dspark_edge":
                 raise
-            raise MissingDependencyError(missing, f"dspark-edge {cmd_name}", "export") from error
+            extra = "train" if module_name.startswith("dspark_edge.trainer") else "export"
+            raise MissingDependencyError(missing, f"dspark-edge {cmd_name}", extra) from error
         command: click.Command = getattr(module, attribute)
         return command
 

@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.runtime.chat_template import Message
 from dspark_edge.runtime.cli.options import (
     bundle_argument,
     engine_options,
@@ -20,9 +19,10 @@ from dspark_edge.runtime.cli.options import (
     summary,
 )
 from dspark_edge.runtime.generator import Generation, Generator, Prompt
+from dspark_edge.runtime.prompts import read_prompt_records
 from dspark_edge.runtime.sampling import SamplingParams
 
-__all__ = ["generate", "parse_token_ids", "read_prompts"]
+__all__ = ["generate", "parse_token_ids"]
 
 
 def parse_token_ids(text: str) -> list[int]:
@@ -37,44 +37,6 @@ def parse_token_ids(text: str) -> list[int]:
         raise InvalidInputError(f"--token-ids is {text!r}, expected numbers with commas, such as 1,2,3") from None
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts of a JSON Lines file: `prompt`, the first of `turns`, `messages`, or `token_ids` a line.
-
-    Raises:
-        InvalidInputError: the file cannot be read, or a line is broken; the message names the line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"cannot read the prompts {path}: {error}") from None
-    prompts: list[Prompt] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                prompts.append(_parse_prompt(json.loads(line)))
-            except (ValueError, TypeError, KeyError, IndexError) as error:
-                raise InvalidInputError(
-                    f"{path}, line {number}: {error}; expected an object with a text 'prompt', a list of texts "
-                    "'turns', a list 'messages' of {role, content}, or a list of numbers 'token_ids'"
-                ) from None
-    if not prompts:
-        raise InvalidInputError(f"{path} holds no prompts")
-    return prompts
-
-
-def _parse_prompt(entry: Any) -> Prompt:
-    if not isinstance(entry, dict):
-        raise ValueError(f"it holds {type(entry).__name__}")
-    if "token_ids" in entry:
-        return [int(token) for token in entry["token_ids"]]
-    if "messages" in entry:
-        return [Message(message["role"], message["content"]) for message in entry["messages"]]
-    text = entry["prompt"] if "prompt" in entry else entry["turns"][0]
-    if not isinstance(text, str):
-        raise ValueError(f"the prompt is {text!r}")
-    return text
-
-
 def _prompts(prompt: str | None, token_ids: str | None, prompts: Path | None) -> Iterator[Prompt]:
     given = [
         name for name, value in (("--prompt", prompt), ("--token-ids", token_ids), ("--prompts", prompts)) if value
@@ -84,7 +46,7 @@ def _prompts(prompt: str | None, token_ids: str | None, prompts: Path | None) ->
             f"give exactly one of --prompt, --token-ids and --prompts; given: {', '.join(given) or 'none'}"
         )
     if prompts is not None:
-        yield from read_prompts(prompts)
+        yield from (record.opening for record in read_prompt_records(prompts))
     elif token_ids is not None:
         yield parse_token_ids(token_ids)
     elif prompt is not None:

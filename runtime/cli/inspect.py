@@ -10,6 +10,7 @@ import click
 
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.manifest import Manifest, TensorSpec
+from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.cli.options import bundle_argument
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def _facts(manifest: Manifest) -> dict[str, str]:
             f"dspark, block {drafter.block_size}, {drafter.num_layers} layers, {head}, "
             f"{'with' if drafter.confidence else 'no'} confidence, taps {list(drafter.tap_layers)}"
         )
+        if drafter.draft_vocab_size is not None:
+            described += f", drafts {drafter.draft_vocab_size} of the {target.vocab_size} tokens"
     return {
         "target": f"{target.architecture}, {target.parameters / 1e6:.1f} M parameters, {target.num_layers} layers, "
         f"hidden {target.hidden_size}, {heads}, vocabulary {target.vocab_size}",
@@ -61,13 +64,31 @@ def _describe(tensors: tuple[TensorSpec, ...]) -> str:
     return "\n".join(lines.values())
 
 
-def _show(bundle: Bundle, console: Console) -> None:
+def _calibration_facts(calibration: Calibration | None) -> dict[str, str]:
+    """What to say of a drafter with confidences."""
+    if calibration is None:
+        return {"calibration": "none; `dspark-edge calibrate` makes one"}
+
+    def shares(errors: tuple[float | None, ...]) -> str:
+        return " ".join("–" if error is None else f"{100 * error:.1f}" for error in errors)
+
+    lines = [f"on {calibration.data.prompts} prompts (sha256 {calibration.data.sha256[:16]}…), ECE in % by position:"]
+    lines += [
+        f"temperature {fit.sampling_temperature:g}: {shares(fit.ece_before)} → {shares(fit.ece_after)}, "
+        f"{fit.samples[0]} to {fit.samples[-1]} samples"
+        for fit in calibration.fits
+    ]
+    return {"calibration": "\n".join(lines)}
+
+
+def _show(bundle: Bundle, calibration: Calibration | None, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     manifest = bundle.manifest
     facts = Table(show_header=False, box=None)
-    for name, value in _facts(manifest).items():
+    described = _facts(manifest) | (_calibration_facts(calibration) if manifest.drafter.confidence else {})
+    for name, value in described.items():
         facts.add_row(name, escape(value))
     console.print(facts)
     graphs = Table("graph", "inputs", "outputs")
@@ -83,19 +104,22 @@ def _show(bundle: Bundle, console: Console) -> None:
 @click.command(no_args_is_help=True)
 @bundle_argument
 @click.option("--verify", is_flag=True, help="Check the hash of every file.")
-@click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="The manifest as JSON, with the calibration.")
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     """Show what BUNDLE holds."""
     opened = Bundle.open(bundle)
+    calibration = Calibration.load(opened)
     strangers = _verify(opened) if verify else ()
     if as_json:
-        checked = {"verified": True, "unknown_files": list(strangers)} if verify else {}
-        click.echo(json.dumps({**opened.manifest.to_json(), **checked}, indent=2, ensure_ascii=False))
+        added: dict[str, object] = {"calibration": calibration.to_json() if calibration else None}
+        if verify:
+            added |= {"verified": True, "unknown_files": list(strangers)}
+        click.echo(json.dumps({**opened.manifest.to_json(), **added}, indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 
     console = Console()
-    _show(opened, console)
+    _show(opened, calibration, console)
     if verify:
         console.print(f"all {len(opened.manifest.files)} files match their hashes", style="green")
         if strangers:

@@ -67,6 +67,18 @@ def ngram_manifest() -> Manifest:
     return dataclasses.replace(whole, drafter=DrafterFacts.ngram(4), graphs=graphs)
 
 
+def draft_vocabulary_manifest() -> Manifest:
+    whole = dspark_manifest()
+    return dataclasses.replace(whole, drafter=dataclasses.replace(whole.drafter, draft_vocab_size=64))
+
+
+MANIFESTS = {
+    "dspark": dspark_manifest(),
+    "draft-vocabulary": draft_vocabulary_manifest(),
+    "ngram": ngram_manifest(),
+}
+
+
 def changed(path: str, value: object) -> Any:
     """The manifest's JSON with the member at ``path`` ("a/0/b") set, or removed if ``value`` is ``...``."""
     data: Any = copy.deepcopy(dspark_manifest().to_json())
@@ -81,11 +93,19 @@ def changed(path: str, value: object) -> Any:
     return data
 
 
-@pytest.mark.parametrize("manifest", [dspark_manifest(), ngram_manifest()], ids=["dspark", "ngram"])
+@pytest.mark.parametrize("manifest", MANIFESTS.values(), ids=MANIFESTS)
 def test_reads_what_it_writes(manifest: Manifest) -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert Manifest.from_text(manifest.to_text()) == manifest
     assert pickle.loads(pickle.dumps(manifest)) == manifest  # engines may run in another process
+
+
+def test_a_draft_vocabulary_is_optional() -> None:
+    """Manifests without the key are valid, and one is written only where there is something to say."""
+    assert "draft_vocab_size" not in dspark_manifest().to_json()["drafter"]  # type: ignore[operator]
+    assert Manifest.from_json(changed("drafter/draft_vocab_size", None)) == dspark_manifest()
+    assert draft_vocabulary_manifest().to_json() == changed("drafter/draft_vocab_size", 64)
+    assert validator().is_valid(changed("drafter/draft_vocab_size", None))
 
 
 def test_is_frozen_and_slotted() -> None:
@@ -124,6 +144,9 @@ WRONG = [
     ("drafter/candidates", 0, "a drafter with a model needs"),
     ("drafter/candidates", 101, "candidates exceeds vocab_size"),
     ("drafter/candidate_pool", 101, "candidates exceeds vocab_size"),
+    ("drafter/draft_vocab_size", 0, "manifest.drafter.draft_vocab_size is 0; expected an integer of at least 1"),
+    ("drafter/draft_vocab_size", 101, "draft_vocab_size exceeds vocab_size, 100"),
+    ("drafter/draft_vocab_size", 63, "candidates exceeds draft_vocab_size, 63"),
     ("drafter/tap_layers", [], "expected distinct layers"),
     ("drafter/tap_layers", [1, 1], "expected distinct layers"),
     ("drafter/tap_layers", [4], "the target has 4 layers"),
@@ -240,7 +263,7 @@ def validator() -> Any:
     return jsonschema.Draft202012Validator(schema)
 
 
-@pytest.mark.parametrize("manifest", [dspark_manifest(), ngram_manifest()], ids=["dspark", "ngram"])
+@pytest.mark.parametrize("manifest", MANIFESTS.values(), ids=MANIFESTS)
 def test_the_schema_takes_what_is_written(manifest: Manifest) -> None:
     assert [error.message for error in validator().iter_errors(manifest.to_json())] == []
 
@@ -250,6 +273,7 @@ BETWEEN = (
     "not a multiple",
     "not below vocab_size",
     "candidates exceeds",
+    "draft_vocab_size exceeds",
     "the target has",
     "have the same name",
     "expected an output and an input",
@@ -277,7 +301,8 @@ def test_the_schema_has_the_keys_of_the_dataclasses() -> None:
     for cls in (Manifest, TensorSpec, GraphSpec, TargetFacts, DrafterFacts, Limits, FileRecord, Provenance):
         keys = [field.name for field in dataclasses.fields(cls)]
         assert list(definitions[cls.__name__]["properties"]) == keys
-        assert definitions[cls.__name__]["required"] == keys
+        optional = ["draft_vocab_size"] if cls is DrafterFacts else []
+        assert definitions[cls.__name__]["required"] == [key for key in keys if key not in optional]
         assert definitions[cls.__name__]["additionalProperties"] is False
     assert schema["properties"]["schema_version"]["const"] == module.SCHEMA_VERSION
     assert schema["properties"]["lowering"]["enum"] == list(module.LOWERINGS)

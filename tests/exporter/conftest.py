@@ -103,6 +103,7 @@ def write_drafter(folder: Path, target: Path, seed: int = 1, **changes: Any) -> 
     }
     weights = Weights(seed)
     hidden, vocabulary, rank = config["hidden_size"], config["vocab_size"], config["markov_rank"]
+    drafted = config.get("draft_vocab_size") or vocabulary
     weights.projection("fc", hidden, len(config["target_layer_ids"]) * hidden)
     weights.norm("hidden_norm.weight", hidden)
     for index in range(config["num_hidden_layers"]):
@@ -110,7 +111,7 @@ def write_drafter(folder: Path, target: Path, seed: int = 1, **changes: Any) -> 
     weights.norm("norm.weight", hidden)
     if rank:
         weights.matrix("markov_head.markov_w1.weight", vocabulary, rank, scale=1.0)
-        weights.matrix("markov_head.markov_w2.weight", vocabulary, rank, scale=1.0)
+        weights.matrix("markov_head.markov_w2.weight", drafted, rank, scale=1.0)
         if config["markov_head_type"] == "gated":
             weights.projection("markov_head.gate_proj", rank, hidden + rank, True)
         elif config["markov_head_type"] == "rnn":
@@ -118,6 +119,9 @@ def write_drafter(folder: Path, target: Path, seed: int = 1, **changes: Any) -> 
     if config["enable_confidence_head"]:
         inputs = hidden + (rank if config["confidence_head_with_markov"] else 0)
         weights.projection("confidence_head.proj", 1, inputs, True)
+    if drafted < vocabulary:
+        ids = torch.randperm(vocabulary, generator=weights.generator)[:drafted]
+        weights["draft_vocab_ids"] = ids.sort().values
     shared = load_file(target / "model.safetensors")
     embedding = shared["model.embed_tokens.weight"]
     weights["embed_tokens.weight"] = embedding

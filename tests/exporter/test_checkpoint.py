@@ -173,6 +173,18 @@ def test_an_integer_buffer_does_no_harm_until_read(folder: Path) -> None:
             checkpoint.tensor("position_ids")
 
 
+def test_integers(folder: Path) -> None:
+    save_file(weights() | {"draft_vocab_ids": torch.tensor([2, 5])}, folder / "model.safetensors")
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.integers("draft_vocab_ids").tolist() == [2, 5]
+        with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' is of type BF16, expected I64"):
+            checkpoint.integers("model.norm.weight")
+        with pytest.raises(CheckpointError, match="has no tensor 'other'"):
+            checkpoint.integers("other")
+    with pytest.raises(CheckpointError, match="the checkpoint is closed"):
+        checkpoint.integers("draft_vocab_ids")
+
+
 def test_a_missing_shard(sharded: Path) -> None:
     (sharded / "model-00002-of-00003.safetensors").unlink()
     assert "model-00002-of-00003.safetensors: is missing" in refusal(sharded)

@@ -150,6 +150,14 @@ def test_a_drafter() -> None:
     assert drafter(target_layer_ids=[2, -1, 0]).tap_layers == (2, -1, 0)  # their order is `fc`'s
 
 
+def test_a_draft_vocabulary() -> None:
+    config = drafter(draft_vocab_size=40)
+    assert (config.draft_vocab_size, config.head_size, config.backbone.vocab_size) == (40, 40, 260)
+    for whole in (None, 260):  # the same as none: not even the graph tells them apart
+        assert drafter(draft_vocab_size=whole) == drafter()
+    assert (drafter().draft_vocab_size, drafter().head_size) == (None, 260)
+
+
 def test_a_drafter_without_heads() -> None:
     values = {key: value for key, value in DRAFTER.items() if not key.startswith(("markov", "confidence", "enable"))}
     config = read_drafter_config({**values, "markov_rank": 0}, "drafter")
@@ -175,6 +183,9 @@ def test_a_drafter_without_heads() -> None:
         ({"mask_token_id": 260}, "mask_token_id 260 is outside the vocabulary of 260"),
         ({"mask_token_id": None}, "has no 'mask_token_id'"),
         ({"num_target_layers": None}, "has no 'num_target_layers'"),
+        ({"draft_vocab_size": 0}, "'draft_vocab_size' in config.json is 0, expected a whole number ≥ 1"),
+        ({"draft_vocab_size": 261}, "'draft_vocab_size' in config.json is 261, more than the vocabulary of 260"),
+        ({"draft_vocab_size": "8k"}, "'draft_vocab_size' in config.json is '8k', expected a number"),
     ],
 )
 def test_a_drafter_that_is_not_supported(changes: dict[str, Any], message: str) -> None:

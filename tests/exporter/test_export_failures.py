@@ -104,6 +104,8 @@ def test_missing_and_damaged_files(which: str, spoil: Callable[[Path], object], 
         ("drafter", {"markov_rank": 4}, CheckpointError, "markov_head.markov_w1.weight has shape [260, 8]"),
         ("drafter", {"confidence_head_with_markov": False}, CheckpointError, "confidence_head.proj.weight has shape"),
         ("drafter", {"mask_token_id": 260}, CheckpointError, "outside the vocabulary"),
+        ("drafter", {"draft_vocab_size": 300}, CheckpointError, "more than the vocabulary of 260"),
+        ("drafter", {"draft_vocab_size": 40}, CheckpointError, "has no tensor 'draft_vocab_ids'"),
     ],
 )
 def test_configurations_that_do_not_fit(
@@ -130,6 +132,48 @@ def test_missing_and_misshapen_tensors(which: str, name: str, pair: Pair) -> Non
     assert name in pair.refusal(CheckpointError)
     pair.replace(folder, name, None)
     assert f"has no tensor '{name}'" in pair.refusal(CheckpointError)
+
+
+@pytest.fixture
+def drafting_pair(pair: Pair, tmp_path: Path, make_drafter: Checkpoint) -> Pair:
+    """A pair with a draft vocabulary of 40 tokens."""
+    pair.drafter = make_drafter(tmp_path / "drafting", pair.target, draft_vocab_size=40)
+    return pair
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "has no tensor 'draft_vocab_ids'"),
+        (lambda ids: ids[:39], "draft_vocab_ids has shape [39], config.json asks for [40]"),
+        (lambda ids: ids[:, None], "draft_vocab_ids has shape [40, 1], config.json asks for [40]"),
+        (lambda ids: ids.float(), "'draft_vocab_ids' is of type F32, expected I64"),
+        (lambda ids: ids.int(), "'draft_vocab_ids' is of type I32"),
+        (lambda ids: ids.flip(0), "draft_vocab_ids is not strictly increasing: "),
+        (lambda ids: ids.index_fill(0, torch.tensor([7]), int(ids[6])), "is not strictly increasing: "),
+        (lambda ids: ids.index_fill(0, torch.tensor([39]), 260), "holds 260, outside the vocabulary of 260"),
+        (lambda ids: ids.index_fill(0, torch.tensor([0]), -1), "holds -1, outside the vocabulary of 260"),
+    ],
+    ids=["missing", "short", "matrix", "float", "int32", "descending", "twice", "too-large", "negative"],
+)
+def test_draft_vocabularies_that_cannot_be(
+    change: Callable[[torch.Tensor], torch.Tensor] | None, message: str, drafting_pair: Pair
+) -> None:
+    drafting_pair.replace(drafting_pair.drafter, "draft_vocab_ids", change)
+    given = drafting_pair.refusal(CheckpointError)
+    assert message in given and str(drafting_pair.drafter) in given
+
+
+def test_a_markov_bias_on_other_tokens_than_the_draft_vocabulary(drafting_pair: Pair) -> None:
+    drafter = drafting_pair.drafter
+    drafting_pair.replace(drafter, "markov_head.markov_w2.weight", lambda rows: torch.cat([rows] * 7)[:260])
+    expected = "markov_head.markov_w2.weight has shape [260, 8], config.json asks for [40, 8]"
+    assert expected in drafting_pair.refusal(CheckpointError)
+
+
+def test_a_head_that_brings_only_the_draft_vocabulary(drafting_pair: Pair) -> None:
+    drafting_pair.replace(drafting_pair.drafter, "lm_head.weight", lambda head: head[:40])
+    assert "lm_head.weight is [40, 32] in the drafter, [260, 32]" in drafting_pair.refusal(MismatchError)
 
 
 def test_a_drafter_of_another_target(pair: Pair) -> None:

@@ -181,7 +181,7 @@ def plain_rope(states: torch.Tensor, first: int, theta: float) -> torch.Tensor:
 def plain_block(
     weights: Weights, config: DrafterConfig, features: torch.Tensor, anchor: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """features [start, T·d] → the block's hidden rows [γ, d] and base logits [γ, V]."""
+    """features [start, T·d] → the block's hidden rows [γ, d] and base logits [γ, V], -inf for what is never drafted."""
     backbone = config.backbone
     epsilon, theta, size = backbone.rms_norm_eps, backbone.rotary.theta, backbone.head_dim
     start = features.shape[0]
@@ -215,7 +215,16 @@ def plain_block(
         gate, up = project(f"{layer}.mlp.gate_proj", normed), project(f"{layer}.mlp.up_proj", normed)
         states = states + project(f"{layer}.mlp.down_proj", functional.silu(gate) * up)
     hidden = plain_norm(states, weights["norm.weight"], epsilon)
-    return hidden, hidden @ weights["lm_head.weight"].t()
+    return hidden, plain_drafted(weights, hidden @ weights["lm_head.weight"].t())
+
+
+def plain_drafted(weights: Weights, logits: torch.Tensor) -> torch.Tensor:
+    """Logits [γ, V] in which only the tokens of the draft vocabulary, where there is one, can be drafted."""
+    if "draft_vocab_ids" not in weights:
+        return logits
+    drafted = torch.zeros(logits.shape[-1], dtype=torch.bool)
+    drafted[weights["draft_vocab_ids"]] = True
+    return torch.where(drafted, logits, -torch.inf)
 
 
 def plain_walk(
@@ -242,7 +251,9 @@ def plain_walk(
                 g, c, o = (joint + weights["markov_head.joint_proj.bias"]).reshape(3, rank)
                 state = torch.sigmoid(g) * state + (1 - torch.sigmoid(g)) * torch.tanh(c)
                 mixed = torch.tanh(o)
-            logits = logits + weights["markov_head.markov_w2.weight"] @ mixed
+            bias = weights["markov_head.markov_w2.weight"] @ mixed
+            logits = logits.clone()
+            logits[weights.get("draft_vocab_ids", torch.arange(len(logits)))] += bias
         if config.confidence:
             feature = torch.cat([h, edge]) if config.confidence_with_markov else h
             proj = weights["confidence_head.proj.weight"][0] @ feature + weights["confidence_head.proj.bias"]
@@ -259,6 +270,9 @@ DRAFTERS: dict[str, dict[str, Any]] = {
     "rnn": {"markov_head_type": "rnn", "block_size": 10, "enable_confidence_head": False},
     "rank-0": {"markov_rank": 0, "confidence_head_with_markov": False, "num_hidden_layers": 1},
     "biases": {"attention_bias": True, "block_size": 7, "rope_theta": 500.0},
+    "draft-vocabulary": {"draft_vocab_size": 40},
+    "draft-vocabulary-rnn": {"draft_vocab_size": 259, "markov_head_type": "rnn"},
+    "draft-vocabulary-rank-0": {"draft_vocab_size": 3, "markov_rank": 0, "confidence_head_with_markov": False},
 }
 
 
@@ -274,7 +288,7 @@ def test_drafter_equals_the_formulas(
     assert config is not None
     target = load_target(pair)
     with torch.device("meta"):
-        drafter = pair.build_drafter(CAPACITY, 260, None, torch.float32)
+        drafter = pair.build_drafter(CAPACITY, config.head_size, None, torch.float32)
     load_module(drafter, pair.drafter_sources(CAPACITY))
     weights = load_file(folder / "model.safetensors")
     seen: list[torch.Tensor] = []
@@ -289,14 +303,16 @@ def test_drafter_equals_the_formulas(
         _, past, context = target(ids[:, begin : begin + width], torch.tensor([begin]), rows, past, context)
         begin += width
         anchor = ids[:, begin]
-        noise = torch.zeros(1, config.block_size, 260)
+        noise = torch.zeros(1, config.block_size, config.head_size)
         given = drafter(anchor, torch.tensor([begin]), torch.zeros(1), noise, context)
         draft_ids, confidence_logits, candidate_ids, candidate_probs, base_logits, _ = given
 
         hidden, base = plain_block(weights, config, torch.cat(seen, dim=1)[0], int(anchor))
-        assert torch.allclose(base_logits[0], base, atol=TOLERANCE, rtol=0)
+        drafted = weights.get("draft_vocab_ids", torch.arange(260))
+        assert torch.allclose(base_logits[0], base[:, drafted], atol=TOLERANCE, rtol=0)
         expected_ids, confidences, probs = plain_walk(weights, config, hidden, base, int(anchor))
         assert draft_ids[0].tolist() == expected_ids
+        assert all(row.sort().values.equal(drafted) for row in candidate_ids[0])
         assert torch.allclose(candidate_probs[0], probs.gather(1, candidate_ids[0]), atol=TOLERANCE, rtol=0)
         if config.confidence:
             assert torch.allclose(confidence_logits[0], torch.tensor(confidences), atol=TOLERANCE, rtol=0)

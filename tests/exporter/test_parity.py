@@ -52,6 +52,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"candidates": 1},
     ),
     "pool": ({}, {"num_hidden_layers": 1}, {"candidates": 4, "candidate_pool": 250}),
+    "draft-vocabulary-pool": ({}, {"draft_vocab_size": 100}, {"candidates": 4, "candidate_pool": 90}),
 }
 
 

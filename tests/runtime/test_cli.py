@@ -99,6 +99,16 @@ def test_inspect_shows_and_verifies(bundle_dir: Path) -> None:
     assert as_json["verified"] is True and as_json["drafter"]["block_size"] == 7
 
 
+def test_inspect_shows_a_draft_vocabulary(bundle_dir: Path, tmp_path: Path) -> None:
+    drafting = tmp_path / "bundle"
+    shutil.copytree(bundle_dir, drafting)
+    manifest = json.loads((drafting / "manifest.json").read_text())
+    assert "drafts" not in run("inspect", bundle_dir).stdout
+    manifest["drafter"]["draft_vocab_size"] = 100
+    (drafting / "manifest.json").write_text(json.dumps(manifest))
+    assert "drafts 100 of the 260 tokens" in " ".join(run("inspect", drafting).stdout.split())
+
+
 def test_inspect_finds_a_flipped_bit(bundle_dir: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "bundle"
     shutil.copytree(bundle_dir, damaged)

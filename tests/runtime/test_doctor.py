@@ -32,7 +32,7 @@ CUDA_ORT = OnnxRuntime(
 )
 PACKAGES = tuple(
     Package(name, "1.0")
-    for name in ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "gguf", "huggingface_hub")
+    for name in ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "gguf", "huggingface_hub", "matplotlib")
 )
 
 

@@ -1,0 +1,304 @@
+"""Training runs: that they learn, resume bit for bit, spread over processes, and refuse what they cannot do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="training needs the [train] extra")
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dspark_edge.engines.errors import CheckpointError, InvalidInputError
+from dspark_edge.trainer.metrics_file import read_metrics
+from dspark_edge.trainer.settings import DrafterSettings, TrainingSettings, automatic_taps
+from dspark_edge.trainer.train import Listener, Resources, train_drafter
+
+pytestmark = pytest.mark.needs_export
+
+SHAPE = DrafterSettings(layers=1, block_size=4, taps=(0, 2), markov_rank=8)
+QUICK = TrainingSettings(
+    steps=12, batch=4, anchors=5, learning_rate=2e-3, warmup=2, held_out=0.2, evaluate_every=4, checkpoint_every=4
+)
+EXACT = Resources(device="cpu", dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def responses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 responses of bytes that repeat themselves, greedy and not."""
+    random = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("responses") / "responses.jsonl"
+    lines = []
+    for number in range(40):
+        word = random.integers(97, 105, size=int(random.integers(2, 5))).tolist()
+        tokens = (word * 20)[: int(random.integers(12, 30))]
+        entry = {
+            "prompt": number,
+            "domain": "test",
+            "temperature": float(number % 2),
+            "prompt_ids": tokens[:4],
+            "response_ids": tokens[4:],
+        }
+        lines.append(json.dumps(entry) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture
+def target(reference_dir: Path) -> Path:
+    return reference_dir / "qwen3_target"
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing is done after it."""
+
+
+def killer(step: int) -> Listener:
+    def listen(progress: Any) -> None:
+        if progress.step == step:
+            raise Killed
+
+    return Listener(step=listen)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def without_times(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in entry.items() if key != "step_s"}
+        for entry in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def test_a_run_writes_a_drafter_its_metrics_and_a_plot(target: Path, responses: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    steps: list[int] = []
+    listener = Listener(say=said.append, step=lambda progress: steps.append(progress.step))
+    outcome = train_drafter(target, [responses], tmp_path / "d", SHAPE, QUICK, EXACT, listener)
+    assert steps == list(range(1, 13))
+    assert any("cache of" in line for line in said)
+    assert any("peak memory" in line for line in said)
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3DSparkModel"]
+    assert config["target_layer_ids"] == [0, 2]
+    assert config["num_target_layers"] == 6
+    stored = load_file(tmp_path / "d" / "model.safetensors")
+    assert "markov_head.markov_w1.weight" in stored
+    assert not {"embed_tokens.weight", "lm_head.weight"} & stored.keys()
+    provenance = json.loads((tmp_path / "d" / "training.json").read_text())
+    assert provenance["training"]["steps"] == 12
+    assert str(tmp_path) not in json.dumps(provenance)
+    entries = read_metrics(tmp_path / "d" / "metrics.jsonl")
+    assert [entry["step"] for entry in entries if "tau_greedy" in entry] == [4, 8, 12]
+    assert entries[-1]["tau_greedy"] == outcome.tau_greedy
+    assert entries[-1]["loss"] < entries[0]["loss"]
+    assert (tmp_path / "d" / "training.png").read_bytes().startswith(b"\x89PNG")
+    left = sorted(path.name for path in (tmp_path / "d").iterdir())
+    assert left == ["config.json", "metrics.jsonl", "model.safetensors", "training.json", "training.png"]
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "none"])
+def test_every_kind_of_head_learns_and_exports(target: Path, responses: Path, tmp_path: Path, head: str) -> None:
+    from dspark_edge.exporter.export import ExportOptions, export_bundle
+    from dspark_edge.runtime.generator import Generator
+    from dspark_edge.runtime.sampling import SamplingParams
+
+    shape = DrafterSettings(layers=1, block_size=3, taps=(-1, 4), markov_rank=8, head=head, draft_vocab=64)
+    train_drafter(target, [responses], tmp_path / "d", shape, QUICK, Resources(device="cpu"))
+    entries = read_metrics(tmp_path / "d" / "metrics.jsonl")
+    assert entries[-1]["loss"] < entries[0]["loss"]
+    if head in ("vanilla", "none"):  # all heads export in the exporter's own tests
+        export_bundle(target, tmp_path / "d", tmp_path / "bundle", ExportOptions(capacity=64))
+        texts = []
+        for mode in ("plain", "static"):
+            with Generator.open(tmp_path / "bundle", mode=mode) as generator:
+                texts.append(generator.generate([104, 101, 114], SamplingParams(max_new_tokens=24)).token_ids)
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 11])
+def test_a_killed_run_goes_on_bit_for_bit(target: Path, responses: Path, tmp_path: Path, step: int) -> None:
+    train_drafter(target, [responses], tmp_path / "whole", SHAPE, QUICK, EXACT)
+    with pytest.raises(Killed):
+        train_drafter(target, [responses], tmp_path / "d", SHAPE, QUICK, EXACT, killer(step))
+    assert not (tmp_path / "d" / "model.safetensors").exists()
+    heard: list[int] = []
+    again = Listener(step=lambda progress: heard.append(progress.step))
+    train_drafter(target, [responses], tmp_path / "d", SHAPE, QUICK, EXACT, again)
+    assert heard[0] == step // 4 * 4 + 1  # one checkpoint interval is lost at most
+    assert weights(tmp_path / "d") == weights(tmp_path / "whole")
+    assert without_times(tmp_path / "d") == without_times(tmp_path / "whole")
+
+
+def test_other_settings_do_not_go_on_with_a_run(target: Path, responses: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train_drafter(target, [responses], tmp_path / "d", SHAPE, QUICK, EXACT, killer(5))
+    other = TrainingSettings(**{**_values(QUICK), "learning_rate": 1e-4})
+    with pytest.raises(InvalidInputError, match="other settings"):
+        train_drafter(target, [responses], tmp_path / "d", SHAPE, other, EXACT)
+    train_drafter(target, [responses], tmp_path / "d", SHAPE, other, EXACT, overwrite=True)
+    with pytest.raises(InvalidInputError, match="finished drafter"):
+        train_drafter(target, [responses], tmp_path / "d", SHAPE, other, EXACT)
+
+
+def test_a_damaged_checkpoint_is_named(target: Path, responses: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train_drafter(target, [responses], tmp_path / "d", SHAPE, QUICK, EXACT, killer(5))
+    checkpoint = tmp_path / "d" / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="damaged"):
+        train_drafter(target, [responses], tmp_path / "d", SHAPE, QUICK, EXACT)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    target: Path, responses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dspark_edge.trainer import checkpoints
+
+    real = checkpoints.save_file
+    calls = []
+
+    def full(tensors: Any, path: Any, metadata: Any) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(InvalidInputError, match="No space left"):
+        train_drafter(target, [responses], tmp_path / "d", SHAPE, QUICK, EXACT)
+    with safe_open(tmp_path / "d" / "checkpoint.safetensors", framework="pt") as stored:
+        assert stored.metadata()["step"] == "4"
+    assert not list((tmp_path / "d").glob("*.tmp"))
+
+
+def test_features_from_the_cache_or_on_the_fly_train_alike(target: Path, responses: Path, tmp_path: Path) -> None:
+    """Only fp16 is between them."""
+    losses = []
+    for name, size in (("cached", 10**9), ("half", 60_000), ("none", 0)):
+        resources = Resources(device="cpu", dtype="fp32", cache_bytes=size)
+        train_drafter(target, [responses], tmp_path / name, SHAPE, QUICK, resources)
+        losses.append(read_metrics(tmp_path / name / "metrics.jsonl")[-1]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_a_cache_that_is_kept_serves_the_next_run(target: Path, responses: Path, tmp_path: Path) -> None:
+    resources = Resources(device="cpu", dtype="fp32", cache=tmp_path / "cache")
+    computed: list[int] = []
+    listener = Listener(features=lambda done, total: computed.append(done))
+    train_drafter(target, [responses], tmp_path / "a", SHAPE, QUICK, resources, listener)
+    assert computed
+    computed.clear()
+    train_drafter(target, [responses], tmp_path / "b", SHAPE, QUICK, resources, listener)
+    assert not computed
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_gradient_checkpointing_changes_no_gradient(
+    target: Path, responses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dspark_edge.trainer import training
+
+    train_drafter(target, [responses], tmp_path / "a", SHAPE, QUICK, EXACT)
+    monkeypatch.setattr(training, "available_memory", lambda device: 0)
+    train_drafter(target, [responses], tmp_path / "b", SHAPE, QUICK, EXACT)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_two_processes_train_what_one_does(target: Path, responses: Path, tmp_path: Path) -> None:
+    command = ["train", "--target", str(target), "--responses", str(responses), "--layers", "1", "--block-size", "4"]
+    command += ["--taps", "0,2", "--markov-rank", "8", "--steps", "6", "--batch", "4", "--anchors", "5", "--warmup"]
+    command += ["2", "--held-out", "0.2", "--dtype", "fp32", "--device", "cpu", "--threads", "1"]
+    launch = {
+        "one": ["-m", "dspark_edge.runtime.cli"],
+        "two": [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "dspark_edge.runtime.cli",
+        ],
+    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, how in launch.items():
+        done = subprocess.run(
+            [sys.executable, *how, *command, "-o", str(tmp_path / name)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in launch)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"taps": (0, 5)}, "the taps are 0, 5, expected different layers from -1"),
+        ({"taps": (1, 1)}, "the taps are 1, 1"),
+        ({"mask_token_id": 260}, "mask_token_id is 260"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(
+    target: Path, responses: Path, tmp_path: Path, shape: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        train_drafter(target, [responses], tmp_path / "d", DrafterSettings(**shape), QUICK, EXACT)
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "message"),
+    [
+        (DrafterSettings, {"layers": 0}, "layers is 0, expected at least 1"),
+        (DrafterSettings, {"head": "gru"}, "head is 'gru'"),
+        (DrafterSettings, {"block_size": 0}, "block_size is 0"),
+        (TrainingSettings, {"steps": 0}, "steps is 0"),
+        (TrainingSettings, {"learning_rate": 0.0}, "learning_rate is 0.0, expected above 0"),
+        (TrainingSettings, {"warm_start": "best"}, "warm_start is 'best'"),
+        (Resources, {"cache_bytes": -1}, "expected 0 \\(none\\) or more"),
+        (Resources, {"dtype": "int8"}, "dtype is 'int8'"),
+    ],
+)
+def test_values_out_of_range_are_named(settings: Callable[..., Any], values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        settings(**values)
+
+
+def test_automatic_taps_are_spread_and_never_the_last_layer() -> None:
+    assert automatic_taps(30) == (1, 8, 14, 20, 27)
+    assert automatic_taps(6) == (1, 2, 3)
+    assert automatic_taps(2) == (0,)
+    assert max(automatic_taps(3)) <= 1
+
+
+def test_copies_are_written_when_asked(target: Path, responses: Path, tmp_path: Path) -> None:
+    resources = Resources(device="cpu", dtype="fp32", copies=True)
+    train_drafter(target, [responses], tmp_path / "d", SHAPE, QUICK, resources)
+    stored = load_file(tmp_path / "d" / "model.safetensors")
+    own = load_file(target / "model.safetensors")
+    assert torch.equal(stored["embed_tokens.weight"], own["model.embed_tokens.weight"])
+    assert stored["lm_head.weight"].shape == stored["embed_tokens.weight"].shape
+
+
+def _values(settings: TrainingSettings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}

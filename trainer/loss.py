@@ -1,0 +1,134 @@
+"""The training loss, without ever holding logits of all rows.
+
+A row's logits are as wide as the vocabulary, a step has thousands of rows. So the loss takes the hidden states, makes
+logits piece by piece, and forms the gradients to the hidden states, the Markov features and W2 in the same visit
+(the idea of fused linear cross-entropy kernels): memory is a piece, and nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+__all__ = ["CROSS_ENTROPY_WEIGHT", "TOTAL_VARIATION_WEIGHT", "RowLosses", "draft_loss", "position_weights"]
+
+# Weights of the reference's loss.
+CROSS_ENTROPY_WEIGHT = 0.1
+TOTAL_VARIATION_WEIGHT = 0.9
+# Rows of a piece: its logits, probabilities and gradients stay in a processor's cache.
+_PIECE_ELEMENTS = 1 << 21
+
+
+@dataclass(frozen=True, slots=True)
+class RowLosses:
+    """Of each row, and their weighted sum."""
+
+    loss: torch.Tensor  # scalar, differentiable: Σ weight · (0.1 cross-entropy + 0.9 ‖draft_probs − target_probs‖₁)
+    distances: torch.Tensor  # [N] ‖draft_probs − target_probs‖₁, for the confidence's labels
+    correct: torch.Tensor  # [N] bool, the draft's argmax is the token that came
+    cross_entropy: torch.Tensor  # scalar, Σ weight · cross-entropy
+
+
+def position_weights(block: int) -> torch.Tensor:
+    """w_k = exp(−(k−1)/4), [γ]."""
+    return torch.exp(-torch.arange(block) / 4.0)
+
+
+class _DraftLoss(torch.autograd.Function):
+    """See `draft_loss`."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: torch.Tensor,
+        markov: torch.Tensor,
+        markov_w2: torch.Tensor,
+        head: torch.Tensor,
+        target_hidden: torch.Tensor,
+        log_normalizers: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows, width = hidden.shape[0], head.shape[0]
+        grad_hidden, grad_markov = torch.empty_like(hidden), torch.empty_like(markov)
+        grad_w2 = torch.zeros_like(markov_w2)
+        distances = torch.empty(rows, device=hidden.device)
+        correct = torch.empty(rows, dtype=torch.bool, device=hidden.device)
+        cross_entropy = torch.zeros((), device=hidden.device)
+        total = torch.zeros((), device=hidden.device)
+        step = max(1, _PIECE_ELEMENTS // width) if hidden.device.type == "cpu" else max(1, (1 << 28) // width)
+        for start in range(0, rows, step):
+            piece = slice(start, start + step)
+            logits = functional.linear(hidden[piece], head).float()
+            if markov.shape[1]:
+                logits += functional.linear(markov[piece], markov_w2)
+            label = labels[piece]
+            known = label >= 0
+            chosen = label.clamp(min=0)[:, None]
+            probs = torch.softmax(logits, dim=-1)
+            correct[piece] = logits.argmax(dim=-1) == label
+            entropy = -torch.log(probs.gather(1, chosen).squeeze(1).clamp(min=1e-30)) * known
+            target = functional.linear(target_hidden[piece], head).float()
+            target = target.sub_(log_normalizers[piece, None]).exp_()
+            # Tokens outside the draft vocabulary: the draft gives them nothing, so all of their mass is missed.
+            missed = (1.0 - target.sum(dim=-1)).clamp(min=0)
+            difference = probs - target
+            sign = torch.sign(difference)
+            distance = difference.abs_().sum(dim=-1) + missed
+            weight = weights[piece]
+            total += (weight * (CROSS_ENTROPY_WEIGHT * entropy + TOTAL_VARIATION_WEIGHT * distance)).sum()
+            cross_entropy += (weight * entropy).sum()
+            distances[piece] = distance
+            # d‖·‖₁/dz = draft_probs ⊙ (sign − ⟨draft_probs, sign⟩);  d(cross-entropy)/dz = draft_probs − onehot
+            sign -= (probs * sign).sum(dim=-1, keepdim=True)
+            sign *= TOTAL_VARIATION_WEIGHT
+            sign += (CROSS_ENTROPY_WEIGHT * known)[:, None]
+            gradient = sign.mul_(probs)
+            gradient.scatter_add_(1, chosen, -(CROSS_ENTROPY_WEIGHT * known.float())[:, None])
+            gradient *= weight[:, None]
+            grad_hidden[piece] = (gradient.to(head.dtype) @ head).to(hidden.dtype)
+            if markov.shape[1]:
+                grad_markov[piece] = (gradient @ markov_w2).to(markov.dtype)
+                grad_w2 += gradient.T @ markov[piece].float()
+        ctx.save_for_backward(grad_hidden, grad_markov, grad_w2)
+        ctx.mark_non_differentiable(distances, correct, cross_entropy)
+        return total, distances, correct, cross_entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, grad_markov, grad_w2 = ctx.saved_tensors
+        scale = gradients[0]
+        return grad_hidden * scale, grad_markov * scale, grad_w2 * scale, None, None, None, None, None
+
+
+def draft_loss(
+    hidden: torch.Tensor,
+    markov: torch.Tensor | None,
+    markov_w2: torch.Tensor | None,
+    head: torch.Tensor,
+    target_hidden: torch.Tensor,
+    log_normalizers: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+) -> RowLosses:
+    """Loss of N draft positions (reference: 0.1 · cross-entropy + 0.9 · ‖draft_probs − target_probs‖₁).
+
+    Args:
+        hidden: [N, d], the drafter's, behind its final norm.
+        markov: [N, r] or None, what W2 projects on the vocabulary.
+        markov_w2: [P, r] or None.
+        head: [P, d], the target's head, of the draft vocabulary; frozen.
+        target_hidden: [N, d], the target's, behind its final norm, at the position before the one that is drafted.
+        log_normalizers: [N] fp32, the logarithm of the sum of the target's exponentiated logits, whole vocabulary.
+        labels: [N] int64, the token that came, as its row in the draft vocabulary; −1 where it is outside.
+        weights: [N] fp32.
+    """
+    if markov is None or markov_w2 is None:
+        markov, markov_w2 = hidden.new_zeros((hidden.shape[0], 0)), hidden.new_zeros((head.shape[0], 0))
+    loss, distances, correct, cross_entropy = _DraftLoss.apply(
+        hidden, markov, markov_w2, head, target_hidden, log_normalizers, labels, weights
+    )
+    return RowLosses(loss, distances, correct, cross_entropy)

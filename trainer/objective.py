@@ -1,0 +1,109 @@
+"""From a batch to the loss, and to what a drafter would have been accepted for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dspark_edge.trainer.batches import Batch
+from dspark_edge.trainer.drafter_model import Blocks
+from dspark_edge.trainer.loss import draft_loss, position_weights
+
+__all__ = ["Measures", "Vocabulary", "evaluate_blocks", "step_loss"]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The target's embedding and head as the drafter uses them, on its device."""
+
+    embedding: torch.Tensor  # [V, d]
+    head: torch.Tensor  # [P, d]
+    rows: torch.Tensor  # [V] int64: a token's row in the head, −1 where it has none
+    mask_token_id: int
+
+    def embed(self, anchor_ids: torch.Tensor) -> torch.Tensor:
+        """anchor_ids [B, A] → embeddings of the anchors and of the mask token [B, A, 2, d]."""
+        both = torch.stack((anchor_ids, torch.full_like(anchor_ids, self.mask_token_id)), dim=-1)
+        return functional.embedding(both, self.embedding)
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """Of one batch; sums over its draft positions."""
+
+    loss: torch.Tensor  # scalar, differentiable
+    weight: torch.Tensor  # scalar, Σ w_k
+    cross_entropy: torch.Tensor  # Σ w_k · cross-entropy
+    overlap: torch.Tensor  # Σ w_k · (1 − ½‖draft_probs − target_probs‖₁)
+    confidence_loss: torch.Tensor  # Σ w_k · BCE
+    acceptance: torch.Tensor  # [B, A, γ], 1 − ½‖·‖₁, 0 where not valid
+    correct: torch.Tensor  # [B, A, γ] bool, the draft's argmax is the token that came
+
+
+def step_loss(drafter: nn.Module, vocabulary: Vocabulary, batch: Batch, markov_w2: torch.Tensor | None) -> Measures:
+    """One forward pass (reference: 0.1 cross-entropy + 0.9 ‖·‖₁ + 1.0 BCE of the confidence, weighted by position).
+
+    Args:
+        drafter: a TrainableDrafter, or a wrapper around one.
+        vocabulary: what is shared with the target.
+        batch: blocks.
+        markov_w2: the drafter's W2 [P, r], None without a sequential head.
+    """
+    blocks: Blocks = drafter(batch.features, vocabulary.embed(batch.anchor_ids), batch.anchors, batch.previous_ids)
+    weights = position_weights(batch.valid.shape[-1]).to(batch.valid.device)
+    chosen = batch.valid.reshape(-1).nonzero().squeeze(1)
+    row_weights = weights.expand(batch.valid.shape).reshape(-1)[chosen]
+    total = row_weights.sum()
+    dtype = blocks.hidden.dtype
+    rows = draft_loss(
+        blocks.hidden.flatten(0, 2)[chosen],
+        None if blocks.markov is None else blocks.markov.flatten(0, 2)[chosen],
+        markov_w2,
+        vocabulary.head.to(dtype),
+        batch.target_hidden.flatten(0, 2)[chosen].to(dtype),
+        batch.log_normalizers.reshape(-1)[chosen],
+        vocabulary.rows[batch.label_ids.reshape(-1)[chosen]],
+        row_weights,
+    )
+    acceptance = (1.0 - 0.5 * rows.distances).clamp(0.0, 1.0)
+    loss = rows.loss
+    confidence_loss = torch.zeros((), device=loss.device)
+    if blocks.confidence_logits is not None:
+        logits = blocks.confidence_logits.reshape(-1)[chosen].float()
+        confidence_loss = functional.binary_cross_entropy_with_logits(logits, acceptance, row_weights, reduction="sum")
+        loss = loss + confidence_loss
+    # What is not in the loss keeps its place in the graph: processes that share gradients expect all of them.
+    loss = loss + 0.0 * sum(part.sum() for part in (blocks.hidden, blocks.markov) if part is not None)
+    spread = torch.zeros(batch.valid.numel(), device=loss.device)
+    hits = torch.zeros(batch.valid.numel(), dtype=torch.bool, device=loss.device)
+    return Measures(
+        loss,
+        total,
+        rows.cross_entropy,
+        (row_weights * acceptance).sum(),
+        confidence_loss.detach(),
+        spread.index_copy(0, chosen, acceptance).reshape(batch.valid.shape),
+        hits.index_copy(0, chosen, rows.correct).reshape(batch.valid.shape),
+    )
+
+
+def evaluate_blocks(measures: Measures, batch: Batch, greedy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Estimated accepted lengths of blocks that lie wholly inside their response.
+
+    Args:
+        measures: of the batch.
+        batch: its blocks.
+        greedy: [B] bool, the response is greedy: there, tokens themselves are compared, as greedy decoding would;
+            elsewhere the probability of being accepted is used.
+
+    Returns:
+        τ at temperature 0 of every whole block of a greedy response [n₀], and at temperature 1 of every whole block
+        [n₁]: 1 + Σ_k ∏_{i≤k} acceptance_i, given the tokens that came.
+    """
+    whole = batch.valid.all(dim=-1)
+    survived = measures.correct.float().cumprod(dim=-1).sum(dim=-1) + 1.0
+    expected = measures.acceptance.cumprod(dim=-1).sum(dim=-1) + 1.0
+    return survived[whole & greedy[:, None]], expected[whole]

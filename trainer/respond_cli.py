@@ -1,0 +1,165 @@
+"""dspark-edge respond."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dspark_edge.engines.bundle import Bundle
+from dspark_edge.engines.errors import InvalidInputError, MissingDependencyError
+from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
+from dspark_edge.runtime.chat_template import ChatTemplate
+from dspark_edge.runtime.generator import Generator
+from dspark_edge.runtime.prompts import PromptRecord, read_prompt_records
+from dspark_edge.runtime.tokenizer import Tokenizer
+from dspark_edge.trainer.engine_responder import BatchResponder, GeneratorResponder
+from dspark_edge.trainer.responders import Responder
+from dspark_edge.trainer.response_plan import ResponseSettings, Script
+from dspark_edge.trainer.responses import Report, write_responses
+
+__all__ = ["respond"]
+
+
+def parse_samples(given: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """Counts written as "2" or "math=2"."""
+    counts = []
+    for text in given:
+        domain, _, count = text.rpartition("=")
+        if not (count.isascii() and count.isdigit()):
+            raise InvalidInputError(f"--samples is {text!r}, expected a number, or a domain and a number: math=2")
+        counts.append((domain, int(count)))
+    return tuple(counts)
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[speed]}"),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("responses", total=None, speed="")
+
+        def report(done: int, total: int, tokens: int) -> None:
+            elapsed = progress.tasks[0].elapsed or 0.0
+            speed = f"{tokens / elapsed:.0f} tokens/s" if tokens and elapsed else ""
+            progress.update(task, completed=done, total=total, speed=speed)
+
+        yield report
+
+
+@click.command(no_args_is_help=True)
+@click.option("--bundle", "bundle_path", required=True, type=click.Path(path_type=Path), help="Whose words to write.")
+@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="One prompt a line.")
+@click.option("--synthesise", type=int, default=0, show_default=True, help="Prompts that the target writes itself.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE.jsonl")
+@click.option("--target", help="Run this checkpoint of the bundle's target in torch instead of the bundle's graphs.")
+@click.option("--device", default="cpu", show_default=True, help="Where --target runs: cpu, cuda, cuda:1 …")
+@click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@click.option(
+    "--samples", multiple=True, metavar="[DOMAIN=]N", help="Responses to a prompt.  [default: 1]  May be repeated."
+)
+@click.option(
+    "--greedy-share", type=float, default=0.5, show_default=True, help="Prompts whose first response is greedy."
+)
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of all other responses.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--wave", type=int, default=32, show_default=True, help="Sequences decoded together.")
+@click.option("--provider", default="cpu", show_default=True, help="Where the bundle's graphs run.")
+@click.option("--threads", type=int, help="Threads.  [default: all cores]")
+def respond(
+    bundle_path: Path,
+    prompts: Path | None,
+    output: Path,
+    target: str | None,
+    device: str,
+    provider: str,
+    samples: tuple[str, ...],
+    threads: int | None,
+    **given: int | float,
+) -> None:
+    """Write the target's own answers to prompts, for a drafter to learn from. Started again, it goes on."""
+    if prompts is None and not given["synthesise"]:
+        raise InvalidInputError("nothing to answer: give --prompts, --synthesise or both")
+    if threads is not None and threads < 1:
+        raise InvalidInputError(f"threads is {threads}, expected at least 1")
+    settings = ResponseSettings(samples=parse_samples(samples) or (("", 1),), **given)
+    records: list[PromptRecord] = read_prompt_records(prompts) if prompts is not None else []
+    bundle = Bundle.open(bundle_path)
+    tokenizer = Tokenizer.load(bundle.path)
+    if tokenizer is None:
+        raise InvalidInputError(f"{bundle_path} has no tokenizer, which prompts need")
+    limits, vocab_size = bundle.manifest.limits, bundle.manifest.target.vocab_size
+    # Before the target is loaded, which takes a while.
+    template = ChatTemplate.load(bundle.path)
+    script = Script(records, settings, tokenizer, template, limits.capacity, _identity(bundle, target), vocab_size)
+    with ExitStack() as stack:
+        responder = _responder(stack, bundle, target, device, provider, threads, settings.wave)
+        report = stack.enter_context(_progress())
+        lines = write_responses(script, responder, output, report)
+    skipped = f"; {script.skipped} were too long and left out" if script.skipped else ""
+    click.echo(f"{output}: {lines} lines{skipped}", err=True)
+
+
+def _responder(
+    stack: ExitStack,
+    bundle: Bundle,
+    target: str | None,
+    device: str,
+    provider: str,
+    threads: int | None,
+    wave: int,
+) -> Responder:
+    manifest = bundle.manifest
+    if target is not None:
+        return _torch_responder(bundle, target, device, threads)
+    most = manifest.limits.max_batch
+    if most > 1 and wave > most:
+        raise InvalidInputError(f"--wave is {wave}, the bundle decodes at most {most} sequences together")
+    engine = stack.enter_context(OnnxRuntimeEngine(bundle, provider, threads))
+    return GeneratorResponder(Generator(engine)) if most == 1 else BatchResponder(engine)
+
+
+def _torch_responder(bundle: Bundle, target: str, device: str, threads: int | None) -> Responder:
+    try:
+        import torch
+
+        from dspark_edge.trainer.processes import pick_device
+        from dspark_edge.trainer.target_model import TargetModel
+        from dspark_edge.trainer.torch_responder import TorchResponder
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("dspark_edge"):
+            raise
+        raise MissingDependencyError(error.name or "torch", "dspark-edge respond --target", "train") from error
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    manifest = bundle.manifest
+    where = pick_device(device)
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    model = TargetModel.load(target, manifest.limits.capacity, where, dtype)
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        given, expected = getattr(model.config, name), getattr(manifest.target, name)
+        if given != expected:
+            raise InvalidInputError(
+                f"{target} has a {name} of {given}, the bundle's target one of {expected}; give the target that the "
+                "bundle was made from"
+            )
+    return TorchResponder(model, manifest.target.eos_token_ids)
+
+
+def _identity(bundle: Bundle, target: str | None) -> str:
+    """Tells targets, and ways of running them, apart."""
+    hashes = {record.path: record.sha256 for record in bundle.manifest.files}
+    graph = bundle.manifest.graphs["target"].file
+    return f"{hashes.get(f'{graph}.data') or hashes[graph]} {'engine' if target is None else 'torch'}"

@@ -1,0 +1,278 @@
+"""What is asked of the target, in which order: a function of the prompts and the settings alone.
+
+Requests are sorted by length and cut into waves, so that little of a wave is padding; then the waves are shuffled, so
+that any part of the responses is like the whole. A conversation's later turns and the answers to synthesised prompts
+come in later phases, when what they stand on is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.runtime.chat_template import ChatTemplate, Message
+from dspark_edge.runtime.prompts import PromptRecord, hash_prompts
+from dspark_edge.runtime.tokenizer import Tokenizer
+from dspark_edge.trainer.responders import Question
+
+__all__ = ["SYNTHESISED", "Job", "JobKey", "ResponseSettings", "Script"]
+
+JobKey = tuple[str, int, int, int]
+"""Kind, prompt, turn and sample: each once in a plan."""
+
+SYNTHESISED = "synthesised"
+"""The domain of prompts that the target wrote itself."""
+
+# Stands for what a user says. It has letters and marks, so that a template that changes case or escapes is found out.
+_SENTINEL = "\ue000user <\"&'\\>\ue000"
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseSettings:
+    """How responses are drawn.
+
+    Raises:
+        InvalidInputError: a value is out of range.
+    """
+
+    max_new_tokens: int = 256
+    samples: tuple[tuple[str, int], ...] = (("", 1),)  # (domain, responses to each of its prompts); "" is any other
+    greedy_share: float = 0.5  # of the prompts get one greedy response among theirs
+    temperature: float = 1.0  # of the responses that are not greedy
+    synthesise: int = 0  # prompts that the target writes itself
+    seed: int = 0
+    wave: int = 32  # sequences decoded together
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("samples", all(count >= 0 for _, count in self.samples), "0 or more"),
+            ("greedy_share", 0 <= self.greedy_share <= 1, "between 0 and 1"),
+            (
+                "temperature",
+                self.temperature > 0 and math.isfinite(self.temperature),
+                "a number above 0 (for greedy responses set greedy_share)",
+            ),
+            ("synthesise", self.synthesise >= 0, "0 or more"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("wave", self.wave >= 1, "at least 1"),
+        )
+        for name, valid, expected in checks:
+            if not valid:
+                raise InvalidInputError(f"{name} is {getattr(self, name)}, expected {expected}")
+        domains = [domain for domain, _ in self.samples]
+        for domain in domains:
+            if domains.count(domain) > 1:
+                what = f"for the domain {domain!r}" if domain else "for all other domains"
+                raise InvalidInputError(f"samples are given twice {what}; give one number")
+
+    def samples_of(self, domain: str) -> int:
+        """Responses to each prompt of a domain."""
+        counts = dict(self.samples)
+        return counts.get(domain, counts.get("", 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request: a response to a turn of a prompt, or a prompt to be synthesised."""
+
+    kind: str  # response | prompt
+    prompt: int  # the prompt's number, from 0; synthesised ones follow those of the file
+    turn: int
+    sample: int
+    domain: str
+    question: Question
+
+    @property
+    def key(self) -> JobKey:
+        return (self.kind, self.prompt, self.turn, self.sample)
+
+
+class Script:
+    """The phases of a run and their waves.
+
+    Args:
+        prompts: what users say.
+        settings: how responses are drawn.
+        tokenizer: the target's.
+        template: its chat template; None takes texts as they are.
+        capacity: most tokens of a request and its response; None: no limit.
+        model: identifies the target, for the digest.
+        vocab_size: the target's; None: token ids are not checked.
+
+    Raises:
+        InvalidInputError: a prompt cannot be asked (the message names its line), no prompt can be synthesised, the
+            capacity is too small for any response, or samples are set for a domain that there is not.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[PromptRecord],
+        settings: ResponseSettings,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        capacity: int | None,
+        model: str,
+        vocab_size: int | None = None,
+    ) -> None:
+        self._prompts, self._settings = prompts, settings
+        self._tokenizer, self._template = tokenizer, template
+        self._capacity, self._vocab_size = capacity, vocab_size
+        self.skipped = 0  # requests that do not fit the capacity
+        said = [hash_prompts(list(prompts)), asdict(settings), capacity, model]
+        self.digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+        self._check()
+        # Made here, so that what is wrong with a prompt shows before any is answered.
+        self._first_turn = list(self._turn(0, {}))
+        self._to_synthesise = self._synthesise() if settings.synthesise else []
+
+    def phases(self, answers: Mapping[JobKey, tuple[int, ...]]) -> Iterator[list[list[Job]]]:
+        """Waves of each phase. `answers` holds, by job, what earlier phases got; it is read when a phase is reached."""
+        self.skipped = 0
+        if self._to_synthesise:
+            yield self._waves(self._to_synthesise, 0)
+        yield self._waves([*self._first_turn, *self._answer_synthesised(self._synthesised(answers))], 1)
+        for turn in range(1, max([1, *(record.num_turns for record in self._prompts)])):
+            yield self._waves(list(self._turn(turn, answers)), turn + 1)
+
+    def stands_on(self, key: JobKey) -> bool:
+        """Whether a later phase needs the answer to this job."""
+        kind, prompt, turn, _ = key
+        return kind == "prompt" or (prompt < len(self._prompts) and turn + 1 < self._prompts[prompt].num_turns)
+
+    def _check(self) -> None:
+        settings = self._settings
+        if self._capacity is not None and settings.max_new_tokens >= self._capacity:
+            raise InvalidInputError(
+                f"max_new_tokens is {settings.max_new_tokens}, expected less than the capacity of {self._capacity} "
+                "tokens, which a prompt and its response share"
+            )
+        known = {record.domain for record in self._prompts} | ({SYNTHESISED} if settings.synthesise else set())
+        for domain, _ in settings.samples:
+            if domain and domain not in known:
+                raise InvalidInputError(
+                    f"samples are set for the domain {domain!r}, which no prompt has; "
+                    f"the prompts' domains are: {', '.join(sorted(known))}"
+                )
+
+    def _waves(self, jobs: list[Job], phase: int) -> list[list[Job]]:
+        fitting = [job for job in jobs if self._fits(job)]
+        self.skipped += len(jobs) - len(fitting)
+        fitting.sort(key=lambda job: (len(job.question.token_ids), job.key))
+        size = self._settings.wave
+        waves = [fitting[start : start + size] for start in range(0, len(fitting), size)]
+        order = np.random.default_rng((self._settings.seed, phase)).permutation(len(waves))
+        return [waves[index] for index in order]
+
+    def _fits(self, job: Job) -> bool:
+        needed = len(job.question.token_ids) + job.question.max_new_tokens
+        return self._capacity is None or needed <= self._capacity
+
+    def _job(self, kind: str, prompt: int, turn: int, sample: int, domain: str, token_ids: list[int]) -> Job:
+        seed, share, chosen = self._settings.seed, self._settings.greedy_share, 0.0
+        state = np.random.SeedSequence((seed, int(kind == "prompt"), prompt, turn, sample)).generate_state(2)
+        if kind == "response" and sample == 0:
+            # By the prompt, not by the turn: a conversation is greedy or sampled as a whole.
+            chosen = np.random.default_rng((seed, prompt)).random()
+        greedy = kind == "response" and sample == 0 and chosen < share
+        temperature = 0.0 if greedy else self._settings.temperature
+        question = Question(tuple(token_ids), self._settings.max_new_tokens, temperature, int(state[0]))
+        return Job(kind, prompt, turn, sample, domain, question)
+
+    def _turn(self, turn: int, answers: Mapping[JobKey, tuple[int, ...]]) -> Iterator[Job]:
+        """Jobs of a turn of the file's prompts."""
+        for number, record in enumerate(self._prompts):
+            count = self._settings.samples_of(record.domain)
+            if turn >= record.num_turns:
+                continue
+            for sample in range(count):
+                try:
+                    token_ids = self._request(record, number, turn, sample, answers)
+                except InvalidInputError as error:
+                    raise InvalidInputError(f"prompts, line {record.line}: {error}") from None
+                if token_ids is not None:
+                    yield self._job("response", number, turn, sample, record.domain, token_ids)
+
+    def _request(
+        self,
+        record: PromptRecord,
+        number: int,
+        turn: int,
+        sample: int,
+        answers: Mapping[JobKey, tuple[int, ...]],
+    ) -> list[int] | None:
+        """Token ids before a turn's response; None where an earlier turn got none."""
+        if record.token_ids:
+            for token in record.token_ids:
+                if self._vocab_size is not None and token >= self._vocab_size:
+                    raise InvalidInputError(
+                        f"token id {token} is outside the target's vocabulary of {self._vocab_size} tokens"
+                    )
+            return list(record.token_ids)
+        if record.messages:
+            return self._encode(list(record.messages))
+        messages = []
+        for earlier in range(turn):
+            answer = answers.get(("response", number, earlier, sample))
+            if answer is None:
+                return None
+            messages.append(Message("user", record.turns[earlier]))
+            messages.append(Message("assistant", self._tokenizer.decode(answer).strip()))
+        messages.append(Message("user", record.turns[turn]))
+        return self._encode(messages)
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        if self._template is not None:
+            token_ids = self._tokenizer.encode(self._template.render(messages), add_special_tokens=False)
+        elif len(messages) > 1:
+            raise InvalidInputError("the target has no chat template; conversations of several messages need one")
+        else:
+            token_ids = self._tokenizer.encode(messages[0].content, add_special_tokens=True)
+        if not token_ids:
+            raise InvalidInputError("the prompt is empty; give at least one token")
+        return token_ids
+
+    def _synthesise(self) -> list[Job]:
+        """The template up to where the user speaks, as often as prompts are wanted."""
+        if self._template is None:
+            raise InvalidInputError("prompts cannot be synthesised: the target has no chat template")
+        opening, found, _ = self._template.render([Message("user", _SENTINEL)]).partition(_SENTINEL)
+        if not found:
+            raise InvalidInputError("prompts cannot be synthesised: the chat template changes what the user says")
+        token_ids = self._tokenizer.encode(opening, add_special_tokens=False)
+        if not token_ids:
+            raise InvalidInputError("prompts cannot be synthesised: the chat template begins with what the user says")
+        if self._capacity is not None and len(token_ids) + self._settings.max_new_tokens > self._capacity:
+            raise InvalidInputError(
+                f"prompts cannot be synthesised: {len(token_ids)} tokens of the chat template and max_new_tokens, "
+                f"{self._settings.max_new_tokens}, pass the capacity of {self._capacity} tokens"
+            )
+        first = len(self._prompts)
+        return [
+            self._job("prompt", first + index, 0, 0, SYNTHESISED, token_ids)
+            for index in range(self._settings.synthesise)
+        ]
+
+    def _synthesised(self, answers: Mapping[JobKey, tuple[int, ...]]) -> dict[int, str]:
+        """Usable texts by prompt number: whole, not empty, each once."""
+        texts: dict[int, str] = {}
+        seen: set[str] = set()
+        for (kind, prompt, _, _), answer in sorted(answers.items()):
+            if kind == "prompt" and len(answer) < self._settings.max_new_tokens:  # a cut text has no end
+                text = self._tokenizer.decode(answer).strip()
+                if text and text not in seen:
+                    seen.add(text)
+                    texts[prompt] = text
+        return texts
+
+    def _answer_synthesised(self, texts: Mapping[int, str]) -> Iterator[Job]:
+        for prompt, text in texts.items():
+            token_ids = self._encode([Message("user", text)])
+            for sample in range(self._settings.samples_of(SYNTHESISED)):
+                yield self._job("response", prompt, 0, sample, SYNTHESISED, token_ids)

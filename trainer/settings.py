@@ -1,0 +1,146 @@
+"""What a training run is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig
+from dspark_edge.trainer.initialization import WARM_STARTS
+
+__all__ = ["HEADS", "DrafterSettings", "TrainingSettings", "automatic_taps"]
+
+HEADS = ("vanilla", "gated", "rnn", "none")
+
+_AUTOMATIC_TAPS = 5
+
+
+def automatic_taps(num_layers: int) -> tuple[int, ...]:
+    """Five layers from the second to the third from the end, evenly spread (as DeepSpec's default)."""
+    first, last = min(1, num_layers - 2), max(0, num_layers - 3)
+    count = max(1, min(_AUTOMATIC_TAPS, last - first + 1))
+    if count == 1:
+        return (max(first, last),)
+    return tuple(round(first + index * (last - first) / (count - 1)) for index in range(count))
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterSettings:
+    """The drafter's shape.
+
+    Raises:
+        InvalidInputError: a value is out of range.
+    """
+
+    layers: int = 2
+    block_size: int = 7
+    taps: tuple[int, ...] | None = None  # None: `automatic_taps`
+    markov_rank: int = 64
+    head: str = "vanilla"  # vanilla | gated | rnn | none
+    confidence: bool = True
+    draft_vocab: int | None = None  # tokens that it drafts; None: the whole vocabulary
+    intermediate_size: int | None = None  # None: the target's
+    mask_token_id: int | None = None  # None: a token that the responses never use
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("layers", self.layers >= 1, "at least 1"),
+            ("block_size", 1 <= self.block_size <= 64, "1 to 64"),
+            ("markov_rank", self.markov_rank >= 0, "0 (no sequential head) or more"),
+            ("head", self.head in HEADS, f"one of: {', '.join(HEADS)}"),
+            ("draft_vocab", self.draft_vocab is None or self.draft_vocab >= 1, "at least 1"),
+            ("intermediate_size", self.intermediate_size is None or self.intermediate_size >= 1, "at least 1"),
+        )
+        for name, valid, expected in checks:
+            if not valid:
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+    def shape(self, target: DecoderConfig, mask_token_id: int) -> DrafterConfig:
+        """The configuration of a drafter for a target.
+
+        Raises:
+            InvalidInputError: taps or the mask token are out of range.
+        """
+        taps = self.taps if self.taps is not None else automatic_taps(target.num_layers)
+        last = target.num_layers - 2
+        if not taps or len(set(taps)) < len(taps) or not all(-1 <= tap <= last for tap in taps):
+            raise InvalidInputError(
+                f"the taps are {', '.join(map(str, taps)) or 'none'}, expected different layers from -1 (the "
+                f"embedding) to {last} (the last but one of {target.num_layers}; the last one's output is what the "
+                "head reads)"
+            )
+        if not 0 <= mask_token_id < target.vocab_size:
+            raise InvalidInputError(
+                f"mask_token_id is {mask_token_id}, expected a token of the vocabulary of {target.vocab_size}"
+            )
+        rank = 0 if self.head == "none" else self.markov_rank
+        backbone = DecoderConfig(
+            family="qwen3",
+            vocab_size=target.vocab_size,
+            hidden_size=target.hidden_size,
+            intermediate_size=self.intermediate_size or target.intermediate_size,
+            num_layers=self.layers,
+            num_attention_heads=target.num_attention_heads,
+            num_key_value_heads=target.num_key_value_heads,
+            head_dim=target.head_dim,
+            rms_norm_eps=target.rms_norm_eps,
+            rotary=target.rotary,
+            max_position_embeddings=target.max_position_embeddings,
+            tie_word_embeddings=False,
+            attention_bias=False,
+            mlp_bias=False,
+            bos_token_id=target.bos_token_id,
+        )
+        partial = self.draft_vocab is not None and self.draft_vocab < target.vocab_size
+        return DrafterConfig(
+            backbone=backbone,
+            num_target_layers=target.num_layers,
+            block_size=self.block_size,
+            mask_token_id=mask_token_id,
+            tap_layers=tuple(taps),
+            markov_rank=rank,
+            markov_head=self.head if rank else "none",
+            confidence=self.confidence,
+            confidence_with_markov=self.confidence and rank > 0,
+            draft_vocab_size=self.draft_vocab if partial else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """How it is trained.
+
+    Raises:
+        InvalidInputError: a value is out of range.
+    """
+
+    steps: int = 2000
+    batch: int = 8  # sequences a step, over all processes
+    anchors: int = 48  # blocks a sequence
+    learning_rate: float = 1e-3
+    warmup: int = 100  # steps
+    weight_decay: float = 0.01
+    clip: float = 1.0  # largest norm of the gradients
+    warm_start: str = "none"
+    held_out: float = 0.02  # of the prompts
+    evaluate_every: int = 200  # steps
+    checkpoint_every: int = 200  # steps
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("batch", self.batch >= 1, "at least 1"),
+            ("anchors", self.anchors >= 1, "at least 1"),
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("warmup", self.warmup >= 0, "0 or more"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("clip", self.clip > 0, "above 0"),
+            ("warm_start", self.warm_start in WARM_STARTS, f"one of: {', '.join(WARM_STARTS)}"),
+            ("evaluate_every", self.evaluate_every >= 1, "at least 1"),
+            ("checkpoint_every", self.checkpoint_every >= 1, "at least 1"),
+            ("seed", self.seed >= 0, "0 or more"),
+        )
+        for name, valid, expected in checks:
+            if not valid:
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected {expected}")

@@ -1,0 +1,242 @@
+"""A target and its responses in, a drafter out: the steps around the training loop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.exporter.checkpoint import open_checkpoint
+from dspark_edge.exporter.configuration import DecoderConfig, read_decoder_config
+from dspark_edge.trainer.checkpoints import drafter_config_json, save_drafter, write_text
+from dspark_edge.trainer.dataset import Example, Split, hash_examples, read_examples, split_examples
+from dspark_edge.trainer.features import FeatureStore
+from dspark_edge.trainer.memory import format_bytes
+from dspark_edge.trainer.metrics_file import plot_metrics
+from dspark_edge.trainer.processes import Processes, open_processes
+from dspark_edge.trainer.settings import DrafterSettings, TrainingSettings
+from dspark_edge.trainer.target_model import TargetModel
+from dspark_edge.trainer.training import Outcome, Progress, Trainer
+from dspark_edge.trainer.vocabulary import choose_draft_vocabulary, coverage
+
+__all__ = ["Listener", "Resources", "train_drafter"]
+
+_CHECKPOINT = "checkpoint.safetensors"
+_METRICS = "metrics.jsonl"
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Where a run works, and what it may use.
+
+    Raises:
+        InvalidInputError: a value is out of range.
+    """
+
+    device: str | None = None  # None: a GPU where there is one
+    cache: Path | None = None  # the feature cache's folder; None: beside the checkpoints, removed in the end
+    cache_bytes: int = 8_000_000_000
+    max_length: int | None = None  # sequences are cut behind so many tokens
+    dtype: str = "fp16"  # of the drafter on disk
+    copies: bool = False  # write copies of the target's embedding and head, too
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise InvalidInputError(f"dtype is {self.dtype!r}, expected one of: {', '.join(_DTYPES)}")
+        if self.cache_bytes < 0:
+            raise InvalidInputError(f"the cache is {self.cache_bytes} bytes, expected 0 (none) or more")
+        if self.max_length is not None and self.max_length < 3:
+            raise InvalidInputError(f"max_length is {self.max_length}, expected at least 3 tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Hears of a run; each does nothing unless it is given."""
+
+    say: Callable[[str], None] = lambda line: None
+    features: Callable[[int, int], None] = lambda done, total: None  # tokens
+    step: Callable[[Progress], None] = lambda progress: None
+
+
+def train_drafter(
+    target: str | Path,
+    responses: Sequence[Path],
+    output: Path,
+    drafter: DrafterSettings,
+    training: TrainingSettings,
+    resources: Resources | None = None,
+    listener: Listener | None = None,
+    overwrite: bool = False,
+) -> Outcome:
+    """Train a drafter and write it as a checkpoint; started again after an interruption, it goes on.
+
+    Args:
+        target: a folder, a GGUF file or a Hugging Face name.
+        responses: JSON Lines files that `dspark-edge respond` wrote.
+        output: the drafter's folder; also holds the run's checkpoint, metrics and plot.
+        drafter: its shape.
+        training: how it is trained.
+        resources: device, cache and types.
+        listener: hears of progress.
+        overwrite: begin anew, whatever the folder holds of an earlier run.
+
+    Raises:
+        InvalidInputError: responses or settings cannot be used, memory or disk are too small, or the folder holds a
+            finished drafter or another run.
+        CheckpointError: the target or the run's checkpoint is missing, damaged or unsupported.
+    """
+    resources, listener = resources or Resources(), listener or Listener()
+    with open_processes(resources.device) as processes:
+        if processes.first:
+            _prepare_folder(output, overwrite)
+        processes.wait()
+        with open_checkpoint(target) as checkpoint:
+            config_json = dict(checkpoint.config)
+            config = read_decoder_config(config_json, str(target))
+        examples = read_examples(responses, config.vocab_size, resources.max_length)
+        split = split_examples(examples, training.held_out)
+        mask_token_id = drafter.mask_token_id
+        if mask_token_id is None:
+            mask_token_id = unused_token(examples, config)
+        shape = drafter.shape(config, mask_token_id)
+        vocabulary = None
+        if shape.draft_vocab_size is not None:
+            vocabulary = choose_draft_vocabulary(split.train, config.vocab_size, shape.draft_vocab_size)
+            share = coverage(split.held_out, config.vocab_size, vocabulary)
+            listener.say(f"draft vocabulary: {len(vocabulary)} tokens, {share:.2%} of the held-out responses")
+        longest = max(len(example) for example in examples)
+        model = TargetModel.load(target, longest, processes.device, _target_dtype(processes))
+        with _Stores(model, split, shape.tap_layers, output, resources, listener, processes) as stores:
+            trainer = Trainer(model, shape, split, stores, vocabulary, training, output, processes)
+            parameters = sum(parameter.numel() for parameter in trainer.drafter.parameters())
+            listener.say(
+                f"drafter: {parameters / 1e6:.1f} M parameters; {len(split.train)} responses to train on, "
+                f"{len(split.held_out)} held out; on {processes.count} × {processes.device.type}"
+            )
+            outcome = trainer.run(listener.step)
+            if processes.first:
+                final = drafter_config_json(outcome.drafter, config_json, training.anchors)
+                copies = model if resources.copies else None
+                save_drafter(output, outcome.drafter, final, _DTYPES[resources.dtype], vocabulary, copies)
+                write_text(output / "training.json", _provenance(target, responses, split, drafter, training, outcome))
+                plot_metrics(output / _METRICS, output / "training.png")
+            trainer.finish()
+        listener.say(
+            f"a step took {outcome.median_step_s:.2f} s (median); peak memory {format_bytes(outcome.peak_memory)}"
+        )
+        return outcome
+
+
+def unused_token(examples: Sequence[Example], config: DecoderConfig) -> int:
+    """The highest id that no example uses, as the mask: its embedding means nothing else to the target."""
+    used = np.zeros(config.vocab_size, dtype=bool)
+    for example in examples:
+        used[example.token_ids] = True
+    free = np.flatnonzero(~used)
+    if not len(free):
+        raise InvalidInputError("the responses use every token of the vocabulary; name one with --mask-token-id")
+    return int(free[-1])
+
+
+def _prepare_folder(output: Path, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise InvalidInputError(f"{output} is a file; give a folder")
+    if overwrite:
+        for name in (_CHECKPOINT, _METRICS, "model.safetensors", "config.json", "training.json", "training.png"):
+            (output / name).unlink(missing_ok=True)
+    elif (output / "model.safetensors").exists():
+        raise InvalidInputError(f"{output} holds a finished drafter already; give another folder, or --overwrite")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(f"cannot make {output}: {error.strerror or error}") from None
+
+
+def _target_dtype(processes: Processes) -> torch.dtype:
+    return torch.bfloat16 if processes.device.type == "cuda" else torch.float32
+
+
+class _Stores(AbstractContextManager[tuple[FeatureStore, FeatureStore]]):
+    """The feature stores of both parts, filled; a cache that was nobody's choice is removed in the end."""
+
+    def __init__(
+        self,
+        model: TargetModel,
+        split: Split,
+        taps: Sequence[int],
+        output: Path,
+        resources: Resources,
+        listener: Listener,
+        processes: Processes,
+    ) -> None:
+        self._folder = resources.cache or output / "features"
+        self._temporary = resources.cache is None
+        self._listener, self._processes = listener, processes
+        # The held-out part is visited again and again: it comes first.
+        aside = FeatureStore(model, split.held_out, taps, self._folder / "held_out", resources.cache_bytes)
+        rest = resources.cache_bytes - aside.size
+        self._train = FeatureStore(model, split.train, taps, self._folder / "train", rest)
+        self._aside = aside
+
+    def __enter__(self) -> tuple[FeatureStore, FeatureStore]:
+        for store in (self._aside, self._train):
+            self._listener.say(store.describe())
+        # One process computes, the others read what it has written.
+        if self._processes.first:
+            for store in (self._aside, self._train):
+                store.fill(self._listener.features)
+        self._processes.wait()
+        if not self._processes.first:
+            for store in (self._aside, self._train):
+                store.fill()
+        return self._train, self._aside
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        for store in (self._aside, self._train):
+            store.close()
+        self._processes.wait() if kind is None else None
+        if self._temporary and kind is None and self._processes.first:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _provenance(
+    target: str | Path,
+    responses: Sequence[Path],
+    split: Split,
+    drafter: DrafterSettings,
+    training: TrainingSettings,
+    outcome: Outcome,
+) -> str:
+    """What the drafter was made of, as JSON."""
+    packages = {name: metadata.version(name) for name in ("dspark-edge", "torch", "numpy") if _installed(name)}
+    content = {
+        "target": Path(target).name,
+        "responses": [path.name for path in responses],
+        "responses_sha256": {"train": hash_examples(split.train), "held_out": hash_examples(split.held_out)},
+        "response_tokens": int(sum(len(example) - example.prompt_length for example in split.train)),
+        "drafter": asdict(drafter),
+        "training": asdict(training),
+        "held_out": {"tau_greedy": outcome.tau_greedy, "tau_sampled": outcome.tau_sampled},
+        "median_step_s": outcome.median_step_s,
+        "peak_memory_bytes": outcome.peak_memory,
+        "versions": packages,
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
