@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dspark_edge.trainer.dataset import Example
@@ -59,9 +60,25 @@ def batch_of_step(lengths: Sequence[int], batch: int, seed: int, step: int) -> t
     return epoch, epoch_order(lengths, batch, seed, epoch)[step % each]
 
 
-def draw_anchors(example: Example, count: int, random: np.random.Generator) -> np.ndarray:
-    """At most `count` positions of a response that have at least one token behind them, ascending [A]."""
-    choices = np.arange(example.prompt_length, len(example) - 1)
+def draw_anchors(
+    example: Example, count: int, random: np.random.Generator, prompt_share: float = 0.0
+) -> npt.NDArray[np.int64]:
+    """Positions that have at least one token behind them, ascending [A].
+
+    Args:
+        example: a prompt with its response.
+        count: most positions.
+        random: draws them.
+        prompt_share: so much of the count is drawn from the prompt, the rest from the response.
+    """
+    wanted = round(count * prompt_share)
+    prompt = _choose(np.arange(1, example.prompt_length), wanted, random)
+    response = _choose(np.arange(example.prompt_length, len(example) - 1), count - wanted, random)
+    return np.concatenate((prompt, response))
+
+
+def _choose(choices: npt.NDArray[np.int64], count: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
+    """At most `count` of the choices, ascending."""
     if len(choices) > count:
         choices = np.sort(random.choice(choices, size=count, replace=False))
     return choices
@@ -70,7 +87,7 @@ def draw_anchors(example: Example, count: int, random: np.random.Generator) -> n
 def collate(
     examples: Sequence[Example],
     features: Sequence[Features],
-    anchors: Sequence[np.ndarray],
+    anchors: Sequence[npt.NDArray[np.int64]],
     block: int,
     device: torch.device,
 ) -> Batch:

@@ -141,6 +141,6 @@ def hash_examples(examples: Sequence[Example]) -> str:
     """sha256 of what is trained on."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(np.int64([len(example), example.prompt_length]).tobytes())
+        digest.update(np.array([len(example), example.prompt_length], dtype=np.int64).tobytes())
         digest.update(example.token_ids.tobytes())
     return digest.hexdigest()

@@ -146,7 +146,8 @@ class _Rows:
         self._sampler["temperature"].write(temperatures)
         self._sampler["sample_uniforms"].write(uniforms)
         self._sample.run()
-        return self._sampler["next_ids"].read().copy()
+        next_ids: np.ndarray = self._sampler["next_ids"].read().copy()
+        return next_ids
 
     def _bind(self, width: int) -> tuple[Buffer, Call, Buffer]:
         input_ids = self._engine.allocate("int64", (self.batch, width))

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -159,7 +160,7 @@ class FeatureStore:
         if done == 0:
             # Before the first byte changes: an index must never speak of what is not there any more.
             (self._folder / _INDEX).unlink(missing_ok=True)
-        mode = "r+" if whole else "w+"
+        mode: Literal["r+", "w+"] = "r+" if whole else "w+"
         self._states = np.memmap(names[0], dtype=np.float16, mode=mode, shape=shape)
         self._normalizers = np.memmap(names[1], dtype=np.float32, mode=mode, shape=shape[:1])
         return done

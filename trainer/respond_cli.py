@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -23,6 +24,8 @@ from dspark_edge.trainer.response_plan import ResponseSettings, Script
 from dspark_edge.trainer.responses import Report, write_responses
 
 __all__ = ["respond"]
+
+_WAVE = 32
 
 
 def parse_samples(given: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
@@ -74,7 +77,7 @@ def _progress() -> Iterator[Report]:
 )
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of all other responses.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--wave", type=int, default=32, show_default=True, help="Sequences decoded together.")
+@click.option("--wave", type=int, help="Sequences decoded together.  [default: 32, or what the bundle decodes at most]")
 @click.option("--provider", default="cpu", show_default=True, help="Where the bundle's graphs run.")
 @click.option("--threads", type=int, help="Threads.  [default: all cores]")
 def respond(
@@ -86,16 +89,18 @@ def respond(
     provider: str,
     samples: tuple[str, ...],
     threads: int | None,
-    **given: int | float,
+    wave: int | None,
+    **given: Any,
 ) -> None:
     """Write the target's own answers to prompts, for a drafter to learn from. Started again, it goes on."""
     if prompts is None and not given["synthesise"]:
         raise InvalidInputError("nothing to answer: give --prompts, --synthesise or both")
     if threads is not None and threads < 1:
         raise InvalidInputError(f"threads is {threads}, expected at least 1")
-    settings = ResponseSettings(samples=parse_samples(samples) or (("", 1),), **given)
-    records: list[PromptRecord] = read_prompt_records(prompts) if prompts is not None else []
     bundle = Bundle.open(bundle_path)
+    wave = _wave(bundle, target, wave)
+    settings = ResponseSettings(samples=parse_samples(samples) or (("", 1),), wave=wave, **given)
+    records: list[PromptRecord] = read_prompt_records(prompts) if prompts is not None else []
     tokenizer = Tokenizer.load(bundle.path)
     if tokenizer is None:
         raise InvalidInputError(f"{bundle_path} has no tokenizer, which prompts need")
@@ -104,30 +109,30 @@ def respond(
     template = ChatTemplate.load(bundle.path)
     script = Script(records, settings, tokenizer, template, limits.capacity, _identity(bundle, target), vocab_size)
     with ExitStack() as stack:
-        responder = _responder(stack, bundle, target, device, provider, threads, settings.wave)
+        responder = _responder(stack, bundle, target, device, provider, threads)
         report = stack.enter_context(_progress())
         lines = write_responses(script, responder, output, report)
     skipped = f"; {script.skipped} were too long and left out" if script.skipped else ""
     click.echo(f"{output}: {lines} lines{skipped}", err=True)
 
 
+def _wave(bundle: Bundle, target: str | None, given: int | None) -> int:
+    """Sequences decoded together; a bundle that decodes one at a time still writes its answers wave by wave."""
+    most = bundle.manifest.limits.max_batch
+    if target is not None or most == 1:
+        return _WAVE if given is None else given
+    if given is not None and given > most:
+        raise InvalidInputError(f"--wave is {given}, the bundle decodes at most {most} sequences together")
+    return min(_WAVE, most) if given is None else given
+
+
 def _responder(
-    stack: ExitStack,
-    bundle: Bundle,
-    target: str | None,
-    device: str,
-    provider: str,
-    threads: int | None,
-    wave: int,
+    stack: ExitStack, bundle: Bundle, target: str | None, device: str, provider: str, threads: int | None
 ) -> Responder:
-    manifest = bundle.manifest
     if target is not None:
         return _torch_responder(bundle, target, device, threads)
-    most = manifest.limits.max_batch
-    if most > 1 and wave > most:
-        raise InvalidInputError(f"--wave is {wave}, the bundle decodes at most {most} sequences together")
     engine = stack.enter_context(OnnxRuntimeEngine(bundle, provider, threads))
-    return GeneratorResponder(Generator(engine)) if most == 1 else BatchResponder(engine)
+    return GeneratorResponder(Generator(engine)) if bundle.manifest.limits.max_batch == 1 else BatchResponder(engine)
 
 
 def _torch_responder(bundle: Bundle, target: str, device: str, threads: int | None) -> Responder:

@@ -117,6 +117,7 @@ class TrainingSettings:
     steps: int = 2000
     batch: int = 8  # sequences a step, over all processes
     anchors: int = 48  # blocks a sequence
+    prompt_anchors: float = 0.0  # share of them that lie in the prompt
     learning_rate: float = 1e-3
     warmup: int = 100  # steps
     weight_decay: float = 0.01
@@ -132,6 +133,7 @@ class TrainingSettings:
             ("steps", self.steps >= 1, "at least 1"),
             ("batch", self.batch >= 1, "at least 1"),
             ("anchors", self.anchors >= 1, "at least 1"),
+            ("prompt_anchors", 0 <= self.prompt_anchors < 1, "0 or more, and below 1"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
             ("warmup", self.warmup >= 0, "0 or more"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),

@@ -90,6 +90,7 @@ def _listener() -> Iterator[Listener]:
 @click.option("--steps", type=int, default=2000, show_default=True)
 @click.option("--batch", type=int, default=8, show_default=True, help="Sequences a step.")
 @click.option("--anchors", type=int, default=48, show_default=True, help="Blocks a sequence.")
+@click.option("--prompt-anchors", type=float, default=0.0, show_default=True, help="Share of the blocks in prompts.")
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True)
 @click.option("--warmup", type=int, default=100, show_default=True, help="Steps.")
 @click.option("--weight-decay", type=float, default=0.01, show_default=True)

@@ -170,14 +170,19 @@ class Trainer:
         epoch, chosen = batch_of_step(self._lengths, self._batch_size, settings.seed, step)
         mine = chosen[self._processes.rank :: self._processes.count]
         random = [np.random.default_rng((settings.seed, 2, epoch, index)) for index in mine]
-        return self._collate(self._split.train, self._stores[0], mine, random)
+        return self._collate(self._split.train, self._stores[0], mine, random, settings.prompt_anchors)
 
     def _collate(
-        self, examples: Sequence[Example], store: FeatureStore, chosen: Sequence[int], random: list[np.random.Generator]
+        self,
+        examples: Sequence[Example],
+        store: FeatureStore,
+        chosen: Sequence[int],
+        random: Sequence[np.random.Generator],
+        prompt_share: float = 0.0,
     ) -> Batch:
         picked = [examples[index] for index in chosen]
         anchors = [
-            draw_anchors(example, self._settings.anchors, source)
+            draw_anchors(example, self._settings.anchors, source, prompt_share)
             for example, source in zip(picked, random, strict=True)
         ]
         features = [store.load(index) for index in chosen]

@@ -112,6 +112,15 @@ def test_all_ways_write_the_same_greedy_answers(
     assert found[0] == found[1] and len(found[0]) == 9
 
 
+def test_a_wave_is_what_the_bundle_decodes_together(
+    batch_bundle_dir: Path, write_prompts: WritePrompts, tmp_path: Path
+) -> None:
+    arguments = ("--bundle", batch_bundle_dir, "--prompts", write_prompts([*ENTRIES]), "--max-new-tokens", "8")
+    run_here(*arguments, "-o", tmp_path / "default.jsonl")
+    run_here(*arguments, "-o", tmp_path / "four.jsonl", "--wave", "4")
+    assert (tmp_path / "default.jsonl").read_bytes() == (tmp_path / "four.jsonl").read_bytes()
+
+
 def test_what_does_not_fit_is_told(text_bundle_dir: Path, write_prompts: WritePrompts, tmp_path: Path) -> None:
     prompts, output = write_prompts([{"prompt": "x" * 300}, {"prompt": "the cat"}]), tmp_path / "responses.jsonl"
     said = run_here("--bundle", text_bundle_dir, "--prompts", prompts, "-o", output, *OPTIONS)
