@@ -15,6 +15,10 @@ import pytest
 
 ReferenceBundle = Callable[..., Path]
 
+# Workers that all use all cores wait for each other at every parallel loop of torch, up to ten times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A run that was started in the background ignores Ctrl-C, and so would the processes to which tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

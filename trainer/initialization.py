@@ -46,6 +46,8 @@ def initialize(drafter: TrainableDrafter, target: TargetModel, warm_start: str, 
                 parameter.normal_(0.0, _STD, generator=generator)
     if drafter.markov_head is not None:
         _embed_edges(drafter.markov_head.markov_w1, target.embedding.detach().float().cpu())
+        if drafter.markov_head.kind == "rnn":
+            _pass_edges(drafter.markov_head.joint_proj, drafter.markov_head.rank)
     if warm_start == "target":
         _copy_layers(drafter, target)
     elif warm_start != "none":
@@ -67,6 +69,14 @@ def _embed_edges(edges: nn.Embedding, embedding: torch.Tensor) -> None:
     # The signs of eigenvectors are arbitrary: fixed, so that libraries agree.
     projected *= torch.sign(projected[projected.abs().argmax(dim=0), torch.arange(used)])
     edges.weight[:, :used] = projected / projected.std()
+
+
+@torch.no_grad()
+def _pass_edges(joint: nn.Linear, rank: int) -> None:
+    """Let an rnn head begin as a vanilla one: its output is the edge, squashed; the state comes in by training."""
+    output = joint.weight[2 * rank :]
+    output.zero_()
+    output[:, rank : 2 * rank] = torch.eye(rank)
 
 
 @torch.no_grad()

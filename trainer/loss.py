@@ -51,6 +51,7 @@ class _DraftLoss(torch.autograd.Function):
         log_normalizers: torch.Tensor,
         labels: torch.Tensor,
         weights: torch.Tensor,
+        divergence_weight: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         rows, width = hidden.shape[0], head.shape[0]
         grad_hidden, grad_markov = torch.empty_like(hidden), torch.empty_like(markov)
@@ -74,7 +75,11 @@ class _DraftLoss(torch.autograd.Function):
             target = functional.linear(target_hidden[piece], head).float()
             target = target.sub_(log_normalizers[piece, None]).exp_()
             # Tokens outside the draft vocabulary: the draft gives them nothing, so all of their mass is missed.
-            missed = (1.0 - target.sum(dim=-1)).clamp(min=0)
+            held = target.sum(dim=-1)
+            missed = (1.0 - held).clamp(min=0)
+            if divergence_weight:
+                soft = -(target * torch.log_softmax(logits, dim=-1)).sum(dim=-1)
+                total += divergence_weight * (weights[piece] * soft).sum()
             difference = probs - target
             sign = torch.sign(difference)
             distance = difference.abs_().sum(dim=-1) + missed
@@ -87,6 +92,8 @@ class _DraftLoss(torch.autograd.Function):
             sign *= TOTAL_VARIATION_WEIGHT
             sign += (CROSS_ENTROPY_WEIGHT * known)[:, None]
             gradient = sign.mul_(probs)
+            if divergence_weight:  # d(soft cross-entropy)/dz = draft_probs · Σ target_probs − target_probs
+                gradient += divergence_weight * (probs * held[:, None] - target)
             gradient.scatter_add_(1, chosen, -(CROSS_ENTROPY_WEIGHT * known.float())[:, None])
             gradient *= weight[:, None]
             grad_hidden[piece] = (gradient.to(head.dtype) @ head).to(hidden.dtype)
@@ -101,7 +108,7 @@ class _DraftLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_markov, grad_w2 = ctx.saved_tensors
         scale = gradients[0]
-        return grad_hidden * scale, grad_markov * scale, grad_w2 * scale, None, None, None, None, None
+        return grad_hidden * scale, grad_markov * scale, grad_w2 * scale, None, None, None, None, None, None
 
 
 def draft_loss(
@@ -113,8 +120,13 @@ def draft_loss(
     log_normalizers: torch.Tensor,
     labels: torch.Tensor,
     weights: torch.Tensor,
+    divergence_weight: float = 0.0,
 ) -> RowLosses:
     """Loss of N draft positions (reference: 0.1 · cross-entropy + 0.9 · ‖draft_probs − target_probs‖₁).
+
+    The gradient of ‖·‖₁ vanishes where the draft gives the target's tokens next to nothing, which is everywhere at
+    first. So a third term can help it off: the cross-entropy with the target's whole distribution, whose gradient is
+    largest there.
 
     Args:
         hidden: [N, d], the drafter's, behind its final norm.
@@ -125,10 +137,11 @@ def draft_loss(
         log_normalizers: [N] fp32, the logarithm of the sum of the target's exponentiated logits, whole vocabulary.
         labels: [N] int64, the token that came, as its row in the draft vocabulary; −1 where it is outside.
         weights: [N] fp32.
+        divergence_weight: of the cross-entropy with target_probs; not part of the reference's loss.
     """
     if markov is None or markov_w2 is None:
         markov, markov_w2 = hidden.new_zeros((hidden.shape[0], 0)), hidden.new_zeros((head.shape[0], 0))
     loss, distances, correct, cross_entropy = _DraftLoss.apply(
-        hidden, markov, markov_w2, head, target_hidden, log_normalizers, labels, weights
+        hidden, markov, markov_w2, head, target_hidden, log_normalizers, labels, weights, divergence_weight
     )
     return RowLosses(loss, distances, correct, cross_entropy)

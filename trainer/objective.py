@@ -43,7 +43,13 @@ class Measures:
     correct: torch.Tensor  # [B, A, γ] bool, the draft's argmax is the token that came
 
 
-def step_loss(drafter: nn.Module, vocabulary: Vocabulary, batch: Batch, markov_w2: torch.Tensor | None) -> Measures:
+def step_loss(
+    drafter: nn.Module,
+    vocabulary: Vocabulary,
+    batch: Batch,
+    markov_w2: torch.Tensor | None,
+    divergence_weight: float = 0.0,
+) -> Measures:
     """One forward pass (reference: 0.1 cross-entropy + 0.9 ‖·‖₁ + 1.0 BCE of the confidence, weighted by position).
 
     Args:
@@ -51,6 +57,7 @@ def step_loss(drafter: nn.Module, vocabulary: Vocabulary, batch: Batch, markov_w
         vocabulary: what is shared with the target.
         batch: blocks.
         markov_w2: the drafter's W2 [P, r], None without a sequential head.
+        divergence_weight: see `draft_loss`.
     """
     blocks: Blocks = drafter(batch.features, vocabulary.embed(batch.anchor_ids), batch.anchors, batch.previous_ids)
     weights = position_weights(batch.valid.shape[-1]).to(batch.valid.device)
@@ -67,6 +74,7 @@ def step_loss(drafter: nn.Module, vocabulary: Vocabulary, batch: Batch, markov_w
         batch.log_normalizers.reshape(-1)[chosen],
         vocabulary.rows[batch.label_ids.reshape(-1)[chosen]],
         row_weights,
+        divergence_weight,
     )
     acceptance = (1.0 - 0.5 * rows.distances).clamp(0.0, 1.0)
     loss = rows.loss

@@ -122,6 +122,8 @@ class TrainingSettings:
     warmup: int = 100  # steps
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradients
+    divergence: float = 1.0  # weight of the cross-entropy with the target's distribution, at the first step
+    divergence_share: float = 0.5  # of the steps, after which that weight has fallen to 0
     warm_start: str = "none"
     held_out: float = 0.02  # of the prompts
     evaluate_every: int = 200  # steps
@@ -138,6 +140,8 @@ class TrainingSettings:
             ("warmup", self.warmup >= 0, "0 or more"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("clip", self.clip > 0, "above 0"),
+            ("divergence", self.divergence >= 0, "0 or more"),
+            ("divergence_share", 0 <= self.divergence_share <= 1, "between 0 and 1"),
             ("warm_start", self.warm_start in WARM_STARTS, f"one of: {', '.join(WARM_STARTS)}"),
             ("evaluate_every", self.evaluate_every >= 1, "at least 1"),
             ("checkpoint_every", self.checkpoint_every >= 1, "at least 1"),

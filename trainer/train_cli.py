@@ -95,6 +95,14 @@ def _listener() -> Iterator[Listener]:
 @click.option("--warmup", type=int, default=100, show_default=True, help="Steps.")
 @click.option("--weight-decay", type=float, default=0.01, show_default=True)
 @click.option("--clip", type=float, default=1.0, show_default=True, help="Largest norm of the gradients.")
+@click.option(
+    "--divergence",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Weight, at first, of the cross-entropy with the target's distribution; 0 is the reference's loss.",
+)
+@click.option("--divergence-share", type=float, default=0.5, show_default=True, help="Of the steps, until it is 0.")
 @click.option("--warm-start", type=click.Choice(WARM_STARTS), default="none", show_default=True)
 @click.option("--held-out", type=float, default=0.02, show_default=True, help="Share of the prompts.")
 @click.option("--evaluate-every", type=int, default=200, show_default=True, help="Steps.")

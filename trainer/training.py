@@ -195,7 +195,8 @@ class Trainer:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
         with _autocast(self._device):
-            measures = step_loss(self._wrapped, self._vocabulary, batch, self._markov_w2())
+            divergence = divergence_weight(step, settings)
+            measures = step_loss(self._wrapped, self._vocabulary, batch, self._markov_w2(), divergence)
         weight = processes.sum(measures.weight)
         # Gradients are averaged over the processes; the loss is a mean over the positions of all of them.
         (measures.loss * (processes.count / weight)).backward()
@@ -270,6 +271,12 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     through = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
     cosine = 0.5 * (1.0 + math.cos(math.pi * through))
     return settings.learning_rate * (_FINAL_LEARNING_RATE + (1.0 - _FINAL_LEARNING_RATE) * cosine)
+
+
+def divergence_weight(step: int, settings: TrainingSettings) -> float:
+    """Falls linearly to 0."""
+    end = settings.steps * settings.divergence_share
+    return settings.divergence * max(0.0, 1.0 - step / end) if end else 0.0
 
 
 def _optimizer(drafter: TrainableDrafter, settings: TrainingSettings) -> torch.optim.AdamW:

@@ -41,7 +41,7 @@ def tensors(rank: int = RANK, drafted: int = DRAFTED) -> dict[str, Any]:
     }
 
 
-def by_formula(given: dict[str, Any]) -> tuple[Any, Any]:
+def by_formula(given: dict[str, Any], divergence: float = 0.0) -> tuple[Any, Any]:
     """0.1 · cross-entropy + 0.9 · ‖draft_probs − target_probs‖₁ over the whole vocabulary."""
     logits = given["hidden"] @ given["head"].T
     if given["markov"] is not None:
@@ -52,19 +52,21 @@ def by_formula(given: dict[str, Any]) -> tuple[Any, Any]:
     distances = (probs - target).abs().sum(dim=-1) + outside
     known = given["labels"] >= 0
     entropy = functional.cross_entropy(logits, given["labels"].clamp(min=0), reduction="none") * known
-    return (given["weights"] * (0.1 * entropy + 0.9 * distances)).sum(), distances
+    soft = -(target * torch.log_softmax(logits, dim=-1)).sum(dim=-1)
+    return (given["weights"] * (0.1 * entropy + 0.9 * distances + divergence * soft)).sum(), distances
 
 
 @pytest.mark.parametrize("rank", [RANK, 0])
 @pytest.mark.parametrize("drafted", [DRAFTED, VOCABULARY])
 @pytest.mark.parametrize("piece", [1, 5 * DRAFTED, 1 << 21])
+@pytest.mark.parametrize("divergence", [0.0, 0.7])
 def test_loss_and_gradients_are_those_of_the_formula(
-    monkeypatch: pytest.MonkeyPatch, rank: int, drafted: int, piece: int
+    monkeypatch: pytest.MonkeyPatch, rank: int, drafted: int, piece: int, divergence: float
 ) -> None:
     monkeypatch.setattr(loss, "_PIECE_ELEMENTS", piece)
     given, again = tensors(rank, drafted), tensors(rank, drafted)
-    found = draft_loss(**given)
-    expected, distances = by_formula(again)
+    found = draft_loss(**given, divergence_weight=divergence)
+    expected, distances = by_formula(again, divergence)
     torch.testing.assert_close(found.loss, expected)
     torch.testing.assert_close(found.distances, distances.detach())
     (3.0 * found.loss).backward()

@@ -274,6 +274,9 @@ def test_shapes_that_do_not_fit_are_named(
         (DrafterSettings, {"block_size": 0}, "block_size is 0"),
         (TrainingSettings, {"steps": 0}, "steps is 0"),
         (TrainingSettings, {"learning_rate": 0.0}, "learning_rate is 0.0, expected above 0"),
+        (TrainingSettings, {"prompt_anchors": 1.0}, "prompt_anchors is 1.0"),
+        (TrainingSettings, {"divergence": -1.0}, "divergence is -1.0"),
+        (TrainingSettings, {"divergence_share": 2.0}, "divergence_share is 2.0"),
         (TrainingSettings, {"warm_start": "best"}, "warm_start is 'best'"),
         (Resources, {"cache_bytes": -1}, "expected 0 \\(none\\) or more"),
         (Resources, {"dtype": "int8"}, "dtype is 'int8'"),
@@ -302,3 +305,53 @@ def test_copies_are_written_when_asked(target: Path, responses: Path, tmp_path: 
 
 def _values(settings: TrainingSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+
+
+def test_anchors_lie_in_the_response_and_as_many_as_asked_in_the_prompt() -> None:
+    from dspark_edge.trainer.batches import draw_anchors
+    from dspark_edge.trainer.dataset import Example
+
+    example = Example(np.arange(30, dtype=np.int32), 10, "test", "group", greedy=True)
+    random = np.random.default_rng(0)
+    assert draw_anchors(example, 100, random).tolist() == list(range(10, 29))  # the last token has none behind it
+    drawn = draw_anchors(example, 8, random, prompt_share=0.25)
+    assert len(drawn) == 8
+    assert sorted(set(drawn.tolist())) == drawn.tolist()
+    assert sum(position < 10 for position in drawn) == 2
+    assert min(drawn) >= 1  # there is no context before the first token
+
+
+def test_every_sequence_comes_once_an_epoch() -> None:
+    from dspark_edge.trainer.batches import batch_of_step, epoch_order
+
+    lengths = [5 + (7 * index) % 11 for index in range(40)]
+    for epoch in (0, 1):
+        batches = epoch_order(lengths, 4, seed=3, epoch=epoch)
+        assert sorted(index for batch in batches for index in batch) == list(range(40))
+    assert epoch_order(lengths, 4, 3, 0) != epoch_order(lengths, 4, 3, 1)
+    assert batch_of_step(lengths, 4, 3, 13) == (1, epoch_order(lengths, 4, 3, 1)[3])
+
+
+def test_the_weight_of_the_divergence_falls_to_zero() -> None:
+    from dspark_edge.trainer.training import divergence_weight
+
+    settings = TrainingSettings(steps=100, divergence=0.8, divergence_share=0.5)
+    assert [round(divergence_weight(step, settings), 3) for step in (0, 25, 50, 99)] == [0.8, 0.4, 0.0, 0.0]
+    assert divergence_weight(0, TrainingSettings(divergence=1.0, divergence_share=0.0)) == 0.0
+
+
+@pytest.mark.parametrize("head", ["vanilla", "rnn", "gated"])
+def test_a_drafter_starts_with_the_targets_own_logits(target: Path, head: str) -> None:
+    """W2 is zero, so that the sequential head adds nothing before it has learned something; W1 is not random."""
+    from dspark_edge.trainer.drafter_model import TrainableDrafter
+    from dspark_edge.trainer.initialization import initialize
+    from dspark_edge.trainer.target_model import TargetModel
+
+    model = TargetModel.load(target, 16)
+    shape = DrafterSettings(layers=1, markov_rank=8, head=head).shape(model.config, 257)
+    first, second = (TrainableDrafter(shape, 16) for _ in range(2))
+    initialize(first, model, "none", seed=0)
+    initialize(second, model, "none", seed=1)
+    assert not first.markov_head.markov_w2.weight.any()
+    assert torch.equal(first.markov_head.markov_w1.weight, second.markov_head.markov_w1.weight)
+    assert not torch.equal(first.fc.weight, second.fc.weight)
