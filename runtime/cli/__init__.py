@@ -25,14 +25,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "parity": ("dspark_edge.exporter.cli:parity", "Compare a bundle with its checkpoints in torch, output by output."),
     "generate": ("dspark_edge.runtime.cli.generate:generate", "Answer prompts."),
     "chat": ("dspark_edge.runtime.cli.chat:chat", "Talk to a model."),
-    "respond": ("dspark_edge.trainer.respond_cli:respond", "Write a target's own answers, to train a drafter on."),
-    "train": ("dspark_edge.trainer.train_cli:train", "Train a drafter for a target."),
-    "evaluate": ("dspark_edge.trainer.evaluate_cli:evaluate_command", "Measure a bundle on prompts."),
-    "calibrate": ("dspark_edge.trainer.evaluate_cli:calibrate_command", "Fit a bundle's confidences to prompts."),
+    "respond": ("dspark_edge.trainer.responses.cli:respond", "Write a target's own answers, to train a drafter on."),
+    "train": ("dspark_edge.trainer.training.cli:train", "Train a drafter for a target."),
+    "evaluate": ("dspark_edge.trainer.evaluation.cli:evaluate_command", "Measure a bundle on prompts."),
+    "calibrate": ("dspark_edge.trainer.evaluation.cli:calibrate_command", "Fit a bundle's confidences to prompts."),
     "doctor": ("dspark_edge.runtime.cli.doctor:doctor", "Say what this machine can do, and how to add what it cannot."),
 }
 
-_WITH_TORCH = ("dspark_edge.exporter.cli", "dspark_edge.trainer.train_cli")
+_WITH_TORCH = ("dspark_edge.exporter.cli", "dspark_edge.trainer.training.cli")
 
 
 @contextmanager

@@ -21,12 +21,12 @@ from dspark_edge.exporter.export import ExportOptions, export_bundle
 from dspark_edge.runtime import Generator, SamplingParams
 from dspark_edge.runtime.prompts import PromptRecord
 from dspark_edge.runtime.tokenizer import Tokenizer
-from dspark_edge.trainer.response_plan import ResponseSettings, Script
-from dspark_edge.trainer.responses import write_responses
-from dspark_edge.trainer.settings import DrafterSettings, TrainingSettings
+from dspark_edge.trainer.responses.plan import ResponseSettings, Script
+from dspark_edge.trainer.responses.torch_responder import TorchResponder
+from dspark_edge.trainer.responses.writer import write_responses
 from dspark_edge.trainer.target_model import TargetModel
-from dspark_edge.trainer.torch_responder import TorchResponder
-from dspark_edge.trainer.train import Resources, train_drafter
+from dspark_edge.trainer.training.settings import DrafterSettings, TrainingSettings
+from dspark_edge.trainer.training.train import Resources, train_drafter
 
 pytestmark = pytest.mark.needs_export
 

@@ -21,9 +21,9 @@ from dspark_edge.engines.errors import BundleError, InvalidInputError
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.prompts import PromptRecord, hash_prompts, read_prompt_records
-from dspark_edge.trainer.calibration import CalibrationOptions, calibrate, check_calibratable
-from dspark_edge.trainer.calibration_record import CalibrationRecord
-from dspark_edge.trainer.collection import RoundSample
+from dspark_edge.trainer.evaluation.calibration import CalibrationOptions, calibrate, check_calibratable
+from dspark_edge.trainer.evaluation.calibration_record import CalibrationRecord
+from dspark_edge.trainer.evaluation.collection import RoundSample
 from tests.trainer.conftest import reference_entries
 
 MAIN = "from dspark_edge.runtime.cli import main; main()"
@@ -121,10 +121,10 @@ def test_a_complete_record_is_fitted_without_running_anything(
         raise BundleError("no space")
 
     with monkeypatch.context() as patched:
-        patched.setattr("dspark_edge.trainer.calibration.replace_file", fail)
+        patched.setattr("dspark_edge.trainer.evaluation.calibration.replace_file", fail)
         with pytest.raises(BundleError, match="no space"):
             run(bundle_copy, records, work=tmp_path / "work.jsonl")
-    monkeypatch.setattr("dspark_edge.trainer.calibration.Generator", None)
+    monkeypatch.setattr("dspark_edge.trainer.evaluation.calibration.Generator", None)
     assert run(bundle_copy, records, work=tmp_path / "work.jsonl") == uninterrupted
     assert not (tmp_path / "work.jsonl").exists()
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dspark_edge.runtime.calibration import Scaling
-from dspark_edge.trainer.calibration_fit import FEWEST_SAMPLES, fit_scaling, scaled
-from dspark_edge.trainer.collection import RoundTable
-from dspark_edge.trainer.metrics import Floats, auroc, corrected_calibration_error
+from dspark_edge.trainer.evaluation.calibration_fit import FEWEST_SAMPLES, fit_scaling, scaled
+from dspark_edge.trainer.evaluation.collection import RoundTable
+from dspark_edge.trainer.evaluation.metrics import Floats, auroc, corrected_calibration_error
 
 GAMMA = 4
 

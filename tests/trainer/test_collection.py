@@ -14,7 +14,7 @@ from dspark_edge.runtime import Generation, Generator, Message, SamplingParams
 from dspark_edge.runtime.prompts import PromptRecord
 from dspark_edge.runtime.round import Draft, Round
 from dspark_edge.runtime.statistics import Tally
-from dspark_edge.trainer.collection import (
+from dspark_edge.trainer.evaluation.collection import (
     Recorder,
     RoundSample,
     RoundTable,

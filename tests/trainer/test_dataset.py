@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.trainer.dataset import Example, hash_examples, read_examples, split_examples
+from dspark_edge.trainer.training.dataset import Example, hash_examples, read_examples, split_examples
 
 VOCABULARY = 260
 

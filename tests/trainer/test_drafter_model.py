@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from dspark_edge.exporter.checkpoint import open_checkpoint
 from dspark_edge.exporter.configuration import read_drafter_config
-from dspark_edge.trainer.drafter_model import TrainableDrafter, block_mask
 from dspark_edge.trainer.target_model import TargetModel
+from dspark_edge.trainer.training.drafter_model import TrainableDrafter, block_mask
 
 pytestmark = pytest.mark.needs_export
 

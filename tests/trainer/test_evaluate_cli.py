@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from dspark_edge.engines.errors import DSparkError
-from dspark_edge.trainer import evaluate_cli, evaluation, evaluation_html
+from dspark_edge.trainer.evaluation import cli as evaluate_cli
+from dspark_edge.trainer.evaluation import evaluation, evaluation_html
 
 MAIN = "from dspark_edge.runtime.cli import main; main()"
 # Evaluation and calibration run on devices: without torch, and without matplotlib unless a page is asked for.

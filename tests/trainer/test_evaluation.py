@@ -17,10 +17,10 @@ from dspark_edge.runtime import Generation, Generator, SamplingParams
 from dspark_edge.runtime.calibration import Calibration, CalibrationData
 from dspark_edge.runtime.prompts import PromptRecord, read_prompt_records
 from dspark_edge.runtime.statistics import Tally
-from dspark_edge.trainer.collection import RoundSample
-from dspark_edge.trainer.evaluation import Evaluation, EvaluationOptions, TurnResult, evaluate
-from dspark_edge.trainer.evaluation_report import make_report
-from dspark_edge.trainer.measures import DepthMeasures, Measures, measure
+from dspark_edge.trainer.evaluation.collection import RoundSample
+from dspark_edge.trainer.evaluation.evaluate import Evaluation, EvaluationOptions, TurnResult, evaluate
+from dspark_edge.trainer.evaluation.measures import DepthMeasures, Measures, measure
+from dspark_edge.trainer.evaluation.report import make_report
 
 GAMMA = 3
 

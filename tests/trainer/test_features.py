@@ -19,10 +19,10 @@ pytest.importorskip("torch", reason="features need the [train] extra")
 import torch
 
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.trainer import features as module
-from dspark_edge.trainer.dataset import Example
-from dspark_edge.trainer.features import Features, FeatureStore, features_of, log_normalizers
 from dspark_edge.trainer.target_model import TargetModel
+from dspark_edge.trainer.training import features as module
+from dspark_edge.trainer.training.dataset import Example
+from dspark_edge.trainer.training.features import Features, FeatureStore, features_of, log_normalizers
 
 pytestmark = pytest.mark.needs_export
 

@@ -11,8 +11,8 @@ pytest.importorskip("torch", reason="training needs the [train] extra")
 import torch
 from torch.nn import functional
 
-from dspark_edge.trainer import loss
-from dspark_edge.trainer.loss import draft_loss, position_weights
+from dspark_edge.trainer.training import loss
+from dspark_edge.trainer.training.loss import draft_loss, position_weights
 
 pytestmark = pytest.mark.needs_export
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dspark_edge.trainer.metrics import (
+from dspark_edge.trainer.evaluation.metrics import (
     Bin,
     Bools,
     Floats,

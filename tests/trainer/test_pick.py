@@ -12,7 +12,7 @@ pytest.importorskip("torch", reason="picking tokens in torch needs the [train] e
 
 import torch
 
-from dspark_edge.trainer.torch_responder import pick
+from dspark_edge.trainer.responses.torch_responder import pick
 
 pytestmark = pytest.mark.needs_export
 

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from dspark_edge.engines.errors import DSparkError, InvalidInputError, MissingDependencyError
-from dspark_edge.trainer.respond_cli import parse_samples, respond
+from dspark_edge.trainer.responses.cli import parse_samples, respond
 from tests.trainer.conftest import WritePrompts
 
 MAIN = "from dspark_edge.runtime.cli import main; main()"

@@ -18,8 +18,8 @@ from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.runtime.generator import Generator
-from dspark_edge.trainer.engine_responder import BatchResponder, GeneratorResponder
-from dspark_edge.trainer.responders import Answer, Question, Responder, draw_uniforms
+from dspark_edge.trainer.responses.engine_responder import BatchResponder, GeneratorResponder
+from dspark_edge.trainer.responses.responders import Answer, Question, Responder, draw_uniforms
 from tests.conftest import runs_lowering
 
 TORCH_FREE = ("responders", "engine_responder", "response_plan", "responses", "respond_cli", "dataset", "vocabulary")
@@ -176,8 +176,8 @@ def test_responses_need_no_torch() -> None:
 def torch_responder(reference_dir: Path) -> Callable[..., Responder]:
     """`torch_responder(eos_ids, positions=256)`: the reference target in torch."""
     pytest.importorskip("torch", reason="the torch responder needs the [train] extra")
+    from dspark_edge.trainer.responses.torch_responder import TorchResponder
     from dspark_edge.trainer.target_model import TargetModel
-    from dspark_edge.trainer.torch_responder import TorchResponder
 
     targets: dict[int, TargetModel] = {}
 
@@ -204,7 +204,7 @@ def test_torch_says_what_was_recorded(torch_responder: Callable[..., Responder],
 def test_finished_rows_change_nothing(
     torch_responder: Callable[..., Responder], record: Any, monkeypatch: pytest.MonkeyPatch, compact_below: float
 ) -> None:
-    from dspark_edge.trainer import torch_responder as module
+    from dspark_edge.trainer.responses import torch_responder as module
 
     monkeypatch.setattr(module, "_COMPACT_BELOW", compact_below)
     monkeypatch.setattr(module, "_PREFILL_TOKENS", 64)  # one or three prompts a prefill

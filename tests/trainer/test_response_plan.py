@@ -14,7 +14,7 @@ from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.runtime.chat_template import ChatTemplate, Message
 from dspark_edge.runtime.prompts import PromptRecord
 from dspark_edge.runtime.tokenizer import Tokenizer
-from dspark_edge.trainer.response_plan import SYNTHESISED, Job, ResponseSettings, Script
+from dspark_edge.trainer.responses.plan import SYNTHESISED, Job, ResponseSettings, Script
 from tests.runtime.conftest import CHAT_TEMPLATE, byte_tokenizer
 
 END = 256

@@ -17,9 +17,9 @@ from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.runtime.chat_template import ChatTemplate
 from dspark_edge.runtime.prompts import PromptRecord
 from dspark_edge.runtime.tokenizer import Tokenizer
-from dspark_edge.trainer.responders import Answer, Question
-from dspark_edge.trainer.response_plan import ResponseSettings, Script
-from dspark_edge.trainer.responses import read_lines, write_responses
+from dspark_edge.trainer.responses.plan import ResponseSettings, Script
+from dspark_edge.trainer.responses.responders import Answer, Question
+from dspark_edge.trainer.responses.writer import read_lines, write_responses
 from tests.runtime.conftest import CHAT_TEMPLATE, byte_tokenizer
 
 END = 256

@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dspark_edge.engines.errors import CheckpointError, InvalidInputError
-from dspark_edge.trainer.metrics_file import read_metrics
-from dspark_edge.trainer.settings import DrafterSettings, TrainingSettings, automatic_taps
-from dspark_edge.trainer.train import Listener, Resources, train_drafter
+from dspark_edge.trainer.training.metrics_file import read_metrics
+from dspark_edge.trainer.training.settings import DrafterSettings, TrainingSettings, automatic_taps
+from dspark_edge.trainer.training.train import Listener, Resources, train_drafter
 
 pytestmark = pytest.mark.needs_export
 
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_named(target: Path, responses: Path, tmp_path: 
 def test_a_full_disk_leaves_the_last_checkpoint(
     target: Path, responses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dspark_edge.trainer import checkpoints
+    from dspark_edge.trainer.training import checkpoints
 
     real = checkpoints.save_file
     calls = []
@@ -211,7 +211,7 @@ def test_a_cache_that_is_kept_serves_the_next_run(target: Path, responses: Path,
 def test_gradient_checkpointing_changes_no_gradient(
     target: Path, responses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dspark_edge.trainer import training
+    from dspark_edge.trainer.training import trainer as training
 
     train_drafter(target, [responses], tmp_path / "a", SHAPE, QUICK, EXACT)
     monkeypatch.setattr(training, "available_memory", lambda device: 0)
@@ -308,8 +308,8 @@ def _values(settings: TrainingSettings) -> dict[str, Any]:
 
 
 def test_anchors_lie_in_the_response_and_as_many_as_asked_in_the_prompt() -> None:
-    from dspark_edge.trainer.batches import draw_anchors
-    from dspark_edge.trainer.dataset import Example
+    from dspark_edge.trainer.training.batches import draw_anchors
+    from dspark_edge.trainer.training.dataset import Example
 
     example = Example(np.arange(30, dtype=np.int32), 10, "test", "group", greedy=True)
     random = np.random.default_rng(0)
@@ -322,7 +322,7 @@ def test_anchors_lie_in_the_response_and_as_many_as_asked_in_the_prompt() -> Non
 
 
 def test_every_sequence_comes_once_an_epoch() -> None:
-    from dspark_edge.trainer.batches import batch_of_step, epoch_order
+    from dspark_edge.trainer.training.batches import batch_of_step, epoch_order
 
     lengths = [5 + (7 * index) % 11 for index in range(40)]
     for epoch in (0, 1):
@@ -333,7 +333,7 @@ def test_every_sequence_comes_once_an_epoch() -> None:
 
 
 def test_the_weight_of_the_divergence_falls_to_zero() -> None:
-    from dspark_edge.trainer.training import divergence_weight
+    from dspark_edge.trainer.training.trainer import divergence_weight
 
     settings = TrainingSettings(steps=100, divergence=0.8, divergence_share=0.5)
     assert [round(divergence_weight(step, settings), 3) for step in (0, 25, 50, 99)] == [0.8, 0.4, 0.0, 0.0]
@@ -343,9 +343,9 @@ def test_the_weight_of_the_divergence_falls_to_zero() -> None:
 @pytest.mark.parametrize("head", ["vanilla", "rnn", "gated"])
 def test_a_drafter_starts_with_the_targets_own_logits(target: Path, head: str) -> None:
     """W2 is zero, so that the sequential head adds nothing before it has learned something; W1 is not random."""
-    from dspark_edge.trainer.drafter_model import TrainableDrafter
-    from dspark_edge.trainer.initialization import initialize
     from dspark_edge.trainer.target_model import TargetModel
+    from dspark_edge.trainer.training.drafter_model import TrainableDrafter
+    from dspark_edge.trainer.training.initialization import initialize
 
     model = TargetModel.load(target, 16)
     shape = DrafterSettings(layers=1, markov_rank=8, head=head).shape(model.config, 257)

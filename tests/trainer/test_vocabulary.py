@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.trainer.dataset import Example
-from dspark_edge.trainer.vocabulary import choose_draft_vocabulary, coverage
+from dspark_edge.trainer.training.dataset import Example
+from dspark_edge.trainer.training.vocabulary import choose_draft_vocabulary, coverage
 
 # Responses say 5 four times, 9 twice, 2 once; prompts 7 three times and 2 once.
 EXAMPLES = (

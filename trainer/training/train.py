@@ -17,16 +17,16 @@ import torch
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.exporter.checkpoint import open_checkpoint
 from dspark_edge.exporter.configuration import DecoderConfig, read_decoder_config
-from dspark_edge.trainer.checkpoints import drafter_config_json, save_drafter, write_text
-from dspark_edge.trainer.dataset import Example, Split, hash_examples, read_examples, split_examples
-from dspark_edge.trainer.features import FeatureStore
 from dspark_edge.trainer.memory import format_bytes
-from dspark_edge.trainer.metrics_file import plot_metrics
-from dspark_edge.trainer.processes import Processes, open_processes
-from dspark_edge.trainer.settings import DrafterSettings, TrainingSettings
 from dspark_edge.trainer.target_model import TargetModel
-from dspark_edge.trainer.training import Outcome, Progress, Trainer
-from dspark_edge.trainer.vocabulary import choose_draft_vocabulary, coverage
+from dspark_edge.trainer.training.checkpoints import drafter_config_json, save_drafter, write_text
+from dspark_edge.trainer.training.dataset import Example, Split, hash_examples, read_examples, split_examples
+from dspark_edge.trainer.training.features import FeatureStore
+from dspark_edge.trainer.training.metrics_file import plot_metrics
+from dspark_edge.trainer.training.processes import Processes, open_processes
+from dspark_edge.trainer.training.settings import DrafterSettings, TrainingSettings
+from dspark_edge.trainer.training.trainer import Outcome, Progress, Trainer
+from dspark_edge.trainer.training.vocabulary import choose_draft_vocabulary, coverage
 
 __all__ = ["Listener", "Resources", "train_drafter"]
 

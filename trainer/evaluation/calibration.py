@@ -17,9 +17,9 @@ from dspark_edge.runtime.calibration import CALIBRATION_NAME, Calibration, Calib
 from dspark_edge.runtime.generator import Generator, GeneratorOptions
 from dspark_edge.runtime.prompts import PromptRecord, hash_prompts
 from dspark_edge.runtime.sampling import SamplingParams
-from dspark_edge.trainer.calibration_fit import FEWEST_SAMPLES, fit_scaling
-from dspark_edge.trainer.calibration_record import CalibrationRecord
-from dspark_edge.trainer.collection import (
+from dspark_edge.trainer.evaluation.calibration_fit import FEWEST_SAMPLES, fit_scaling
+from dspark_edge.trainer.evaluation.calibration_record import CalibrationRecord
+from dspark_edge.trainer.evaluation.collection import (
     Recorder,
     RoundSample,
     RoundTable,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dspark_edge.trainer.evaluation_report import EvaluationReport
-from dspark_edge.trainer.measures import ConfidenceMeasures, Measures
+from dspark_edge.trainer.evaluation.measures import ConfidenceMeasures, Measures
+from dspark_edge.trainer.evaluation.report import EvaluationReport
 
 __all__ = ["TextTable", "number", "share", "tables"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from dspark_edge.trainer.responders import Answer, Question, draw_uniforms
+from dspark_edge.trainer.responses.responders import Answer, Question, draw_uniforms
 from dspark_edge.trainer.target_model import KeyValueCache, TargetModel
 
 __all__ = ["TorchResponder", "pick"]

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dspark_edge.runtime.calibration import Fit, Scaling
-from dspark_edge.trainer.collection import RoundTable
-from dspark_edge.trainer.metrics import (
+from dspark_edge.trainer.evaluation.collection import RoundTable
+from dspark_edge.trainer.evaluation.metrics import (
     Bools,
     Floats,
     corrected_calibration_error,

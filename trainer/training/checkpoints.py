@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dspark_edge.engines.errors import CheckpointError, InvalidInputError
-from dspark_edge.trainer.drafter_model import TrainableDrafter
 from dspark_edge.trainer.target_model import TargetModel
+from dspark_edge.trainer.training.drafter_model import TrainableDrafter
 
 __all__ = ["TrainingState", "load_state", "save_drafter", "save_state"]
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.trainer.dataset import Example, hash_examples
 from dspark_edge.trainer.memory import format_bytes
 from dspark_edge.trainer.target_model import TargetModel
+from dspark_edge.trainer.training.dataset import Example, hash_examples
 
 __all__ = ["FeatureStore", "Features", "features_of", "log_normalizers"]
 

@@ -11,7 +11,7 @@ from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.generator import Generation, Generator, GeneratorOptions, Prompt
 from dspark_edge.runtime.prompts import PromptRecord
 from dspark_edge.runtime.sampling import SamplingParams
-from dspark_edge.trainer.collection import (
+from dspark_edge.trainer.evaluation.collection import (
     Recorder,
     RoundSample,
     answer_turn,

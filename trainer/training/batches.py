@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dspark_edge.trainer.dataset import Example
-from dspark_edge.trainer.features import Features
+from dspark_edge.trainer.training.dataset import Example
+from dspark_edge.trainer.training.features import Features
 
 __all__ = ["Batch", "batch_of_step", "collate", "draw_anchors", "epoch_order"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig
-from dspark_edge.trainer.initialization import WARM_STARTS
+from dspark_edge.trainer.training.initialization import WARM_STARTS
 
 __all__ = ["HEADS", "DrafterSettings", "TrainingSettings", "automatic_taps"]
 

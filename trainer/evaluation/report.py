@@ -13,8 +13,8 @@ from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.machine import probe_processor
 from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.prompts import PromptRecord, hash_prompts
-from dspark_edge.trainer.evaluation import Difference, Evaluation, EvaluationOptions
-from dspark_edge.trainer.measures import Measures, measure
+from dspark_edge.trainer.evaluation.evaluate import Difference, Evaluation, EvaluationOptions
+from dspark_edge.trainer.evaluation.measures import Measures, measure
 
 __all__ = ["EvaluationReport", "make_report"]
 

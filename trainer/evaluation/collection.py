@@ -14,7 +14,7 @@ from dspark_edge.runtime.generator import Generation, Generator, Prompt
 from dspark_edge.runtime.prompts import PromptRecord
 from dspark_edge.runtime.round import Round
 from dspark_edge.runtime.sampling import SamplingParams
-from dspark_edge.trainer.metrics import Bools, Floats
+from dspark_edge.trainer.evaluation.metrics import Bools, Floats
 
 __all__ = [
     "Recorder",

@@ -9,8 +9,8 @@ from torch import nn
 
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.exporter.modules.layers import DecoderLayer
-from dspark_edge.trainer.drafter_model import TrainableDrafter
 from dspark_edge.trainer.target_model import TargetModel
+from dspark_edge.trainer.training.drafter_model import TrainableDrafter
 
 __all__ = ["WARM_STARTS", "initialize"]
 

@@ -19,7 +19,7 @@ from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.runtime.chat_template import ChatTemplate, Message
 from dspark_edge.runtime.prompts import PromptRecord, hash_prompts
 from dspark_edge.runtime.tokenizer import Tokenizer
-from dspark_edge.trainer.responders import Question
+from dspark_edge.trainer.responses.responders import Question
 
 __all__ = ["SYNTHESISED", "Job", "JobKey", "ResponseSettings", "Script"]
 

@@ -13,7 +13,7 @@ import numpy as np
 from dspark_edge.engines.engine import Buffer, Call, Engine, sized
 from dspark_edge.runtime.generator import Generator
 from dspark_edge.runtime.sampling import SamplingParams
-from dspark_edge.trainer.responders import Answer, Question, draw_uniforms
+from dspark_edge.trainer.responses.responders import Answer, Question, draw_uniforms
 
 __all__ = ["BatchResponder", "GeneratorResponder"]
 

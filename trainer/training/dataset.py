@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.trainer.responses import read_lines
+from dspark_edge.trainer.responses.writer import read_lines
 
 __all__ = ["Example", "Split", "hash_examples", "read_examples", "split_examples"]
 

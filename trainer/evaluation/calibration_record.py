@@ -16,7 +16,7 @@ from typing import Any
 
 from dspark_edge.engines.errors import BundleError, InvalidInputError
 from dspark_edge.engines.replace_file import write_problem
-from dspark_edge.trainer.collection import RoundSample
+from dspark_edge.trainer.evaluation.collection import RoundSample
 
 __all__ = ["CalibrationRecord"]
 

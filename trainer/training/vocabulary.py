@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.trainer.dataset import Example
+from dspark_edge.trainer.training.dataset import Example
 
 __all__ = ["choose_draft_vocabulary", "coverage"]
 

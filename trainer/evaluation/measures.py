@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_edge.runtime.generator import Generation
-from dspark_edge.trainer.collection import RoundTable
-from dspark_edge.trainer.evaluation import TurnResult
-from dspark_edge.trainer.metrics import (
+from dspark_edge.trainer.evaluation.collection import RoundTable
+from dspark_edge.trainer.evaluation.evaluate import TurnResult
+from dspark_edge.trainer.evaluation.metrics import (
     Bin,
     Bools,
     Floats,

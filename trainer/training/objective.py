@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dspark_edge.trainer.batches import Batch
-from dspark_edge.trainer.drafter_model import Blocks
-from dspark_edge.trainer.loss import draft_loss, position_weights
+from dspark_edge.trainer.training.batches import Batch
+from dspark_edge.trainer.training.drafter_model import Blocks
+from dspark_edge.trainer.training.loss import draft_loss, position_weights
 
 __all__ = ["Measures", "Vocabulary", "evaluate_blocks", "step_loss"]
 

@@ -18,10 +18,10 @@ from dspark_edge.runtime.chat_template import ChatTemplate
 from dspark_edge.runtime.generator import Generator
 from dspark_edge.runtime.prompts import PromptRecord, read_prompt_records
 from dspark_edge.runtime.tokenizer import Tokenizer
-from dspark_edge.trainer.engine_responder import BatchResponder, GeneratorResponder
-from dspark_edge.trainer.responders import Responder
-from dspark_edge.trainer.response_plan import ResponseSettings, Script
-from dspark_edge.trainer.responses import Report, write_responses
+from dspark_edge.trainer.responses.engine_responder import BatchResponder, GeneratorResponder
+from dspark_edge.trainer.responses.plan import ResponseSettings, Script
+from dspark_edge.trainer.responses.responders import Responder
+from dspark_edge.trainer.responses.writer import Report, write_responses
 
 __all__ = ["respond"]
 
@@ -139,9 +139,9 @@ def _torch_responder(bundle: Bundle, target: str, device: str, threads: int | No
     try:
         import torch
 
-        from dspark_edge.trainer.processes import pick_device
+        from dspark_edge.trainer.responses.torch_responder import TorchResponder
         from dspark_edge.trainer.target_model import TargetModel
-        from dspark_edge.trainer.torch_responder import TorchResponder
+        from dspark_edge.trainer.training.processes import pick_device
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("dspark_edge"):
             raise

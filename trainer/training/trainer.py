@@ -16,18 +16,18 @@ import numpy as np
 import torch
 
 from dspark_edge.exporter.configuration import DrafterConfig
-from dspark_edge.trainer.batches import Batch, batch_of_step, collate, draw_anchors
-from dspark_edge.trainer.checkpoints import load_state, restore, save_state
-from dspark_edge.trainer.dataset import Example, Split, hash_examples
-from dspark_edge.trainer.drafter_model import TrainableDrafter
-from dspark_edge.trainer.features import FeatureStore
-from dspark_edge.trainer.initialization import initialize
 from dspark_edge.trainer.memory import available_memory, peak_memory
-from dspark_edge.trainer.metrics_file import MetricsFile
-from dspark_edge.trainer.objective import Vocabulary, evaluate_blocks, step_loss
-from dspark_edge.trainer.processes import Processes
-from dspark_edge.trainer.settings import TrainingSettings
 from dspark_edge.trainer.target_model import TargetModel
+from dspark_edge.trainer.training.batches import Batch, batch_of_step, collate, draw_anchors
+from dspark_edge.trainer.training.checkpoints import load_state, restore, save_state
+from dspark_edge.trainer.training.dataset import Example, Split, hash_examples
+from dspark_edge.trainer.training.drafter_model import TrainableDrafter
+from dspark_edge.trainer.training.features import FeatureStore
+from dspark_edge.trainer.training.initialization import initialize
+from dspark_edge.trainer.training.metrics_file import MetricsFile
+from dspark_edge.trainer.training.objective import Vocabulary, evaluate_blocks, step_loss
+from dspark_edge.trainer.training.processes import Processes
+from dspark_edge.trainer.training.settings import TrainingSettings
 
 __all__ = ["Outcome", "Progress", "Trainer"]
 

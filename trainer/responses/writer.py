@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.trainer.responders import Answer, Responder
-from dspark_edge.trainer.response_plan import Job, JobKey, Script
+from dspark_edge.trainer.responses.plan import Job, JobKey, Script
+from dspark_edge.trainer.responses.responders import Answer, Responder
 
 __all__ = ["Line", "read_lines", "write_responses"]
 

@@ -10,9 +10,9 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from dspark_edge.engines.errors import MissingDependencyError
-from dspark_edge.trainer.evaluation_report import EvaluationReport
-from dspark_edge.trainer.evaluation_tables import TextTable, number, share, tables
-from dspark_edge.trainer.measures import ConfidenceMeasures
+from dspark_edge.trainer.evaluation.measures import ConfidenceMeasures
+from dspark_edge.trainer.evaluation.report import EvaluationReport
+from dspark_edge.trainer.evaluation.tables import TextTable, number, share, tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,10 +13,10 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bars
 
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.trainer.initialization import WARM_STARTS
-from dspark_edge.trainer.settings import HEADS, DrafterSettings, TrainingSettings
-from dspark_edge.trainer.train import Listener, Resources, train_drafter
-from dspark_edge.trainer.training import Progress
+from dspark_edge.trainer.training.initialization import WARM_STARTS
+from dspark_edge.trainer.training.settings import HEADS, DrafterSettings, TrainingSettings
+from dspark_edge.trainer.training.train import Listener, Resources, train_drafter
+from dspark_edge.trainer.training.trainer import Progress
 
 __all__ = ["train"]
 

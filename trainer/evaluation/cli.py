@@ -23,11 +23,11 @@ from dspark_edge.engines.replace_file import write_problem
 from dspark_edge.runtime.calibration import Calibration, Fit
 from dspark_edge.runtime.cli.options import bundle_argument
 from dspark_edge.runtime.prompts import PromptRecord, read_prompt_records
-from dspark_edge.trainer.calibration import CalibrationOptions, calibrate, check_calibratable
-from dspark_edge.trainer.evaluation import EvaluationOptions, evaluate
-from dspark_edge.trainer.evaluation_html import render_html, require_matplotlib
-from dspark_edge.trainer.evaluation_report import EvaluationReport, make_report
-from dspark_edge.trainer.evaluation_tables import TextTable, number, share, tables
+from dspark_edge.trainer.evaluation.calibration import CalibrationOptions, calibrate, check_calibratable
+from dspark_edge.trainer.evaluation.evaluate import EvaluationOptions, evaluate
+from dspark_edge.trainer.evaluation.html import render_html, require_matplotlib
+from dspark_edge.trainer.evaluation.report import EvaluationReport, make_report
+from dspark_edge.trainer.evaluation.tables import TextTable, number, share, tables
 
 __all__ = ["calibrate_command", "evaluate_command"]
 
