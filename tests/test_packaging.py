@@ -84,7 +84,18 @@ def test_the_command_is_installed(distribution: metadata.Distribution, files: li
     command = [str(distribution.locate_file(path)), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    for name in ("export", "inspect", "parity", "generate", "chat", "doctor"):
+    for name in (
+        "export",
+        "inspect",
+        "parity",
+        "generate",
+        "chat",
+        "respond",
+        "train",
+        "evaluate",
+        "calibrate",
+        "doctor",
+    ):
         assert name in result.stdout
 
 

@@ -32,7 +32,18 @@ def error_of(done: subprocess.CompletedProcess[str]) -> str:
 def test_help_lists_the_commands_without_importing_them() -> None:
     done = run("--help")
     assert done.returncode == 0
-    for command in ("export", "inspect", "parity", "generate", "chat", "doctor"):
+    for command in (
+        "export",
+        "inspect",
+        "parity",
+        "generate",
+        "chat",
+        "respond",
+        "train",
+        "evaluate",
+        "calibrate",
+        "doctor",
+    ):
         assert command in done.stdout
 
 
