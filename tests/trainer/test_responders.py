@@ -22,7 +22,10 @@ from dspark_edge.trainer.responses.engine_responder import BatchResponder, Gener
 from dspark_edge.trainer.responses.responders import Answer, Question, Responder, draw_uniforms
 from tests.conftest import runs_lowering
 
-TORCH_FREE = ("responders", "engine_responder", "response_plan", "responses", "respond_cli", "dataset", "vocabulary")
+TORCH_FREE = (
+    *("responses." + name for name in ("responders", "engine_responder", "plan", "writer", "cli")),
+    *("training." + name for name in ("dataset", "vocabulary")),
+)
 STOP = 32  # the byte that ends a word: what the tests of stopping call the end of text
 
 
