@@ -98,3 +98,17 @@ def test_a_row_sees_the_context_before_its_anchor_and_its_own_block() -> None:
         [1, 1, 1, 0, 0, 0, 1, 1],
     ]
     assert np.array_equal(mask.int().numpy(), expected)
+
+
+@torch.no_grad()
+def test_the_scale_of_the_features_is_part_of_the_checkpoint(reference_dir: Path) -> None:
+    drafter = load_drafter(reference_dir / "qwen3_vanilla")
+    plain = load_drafter(reference_dir / "qwen3_vanilla")
+    generator = torch.Generator().manual_seed(0)
+    drafter.feature_scale.copy_(torch.rand(drafter.feature_scale.shape, generator=generator) + 0.5)
+    plain.load_state_dict(drafter.checkpoint_tensors())
+    features = torch.randn(1, 9, len(drafter.feature_scale), generator=generator)
+    given = torch.randn(1, 2, 2, drafter.config.backbone.hidden_size, generator=generator)
+    anchors, previous = torch.tensor([[3, 7]]), torch.zeros(1, 2, 7, dtype=torch.int64)
+    scaled = drafter(features, given, anchors, previous).hidden
+    torch.testing.assert_close(plain(features, given, anchors, previous).hidden, scaled, atol=1e-5, rtol=1e-4)

@@ -57,6 +57,7 @@ def _write(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[st
 def save_state(path: Path, drafter: TrainableDrafter, optimizer: torch.optim.Optimizer, step: int, run: str) -> None:
     """Write a checkpoint of parameters, optimizer moments and the step."""
     tensors = {f"parameters.{name}": value.detach().cpu() for name, value in drafter.named_parameters()}
+    tensors["feature_scale"] = drafter.feature_scale.cpu()
     for name, parameter in drafter.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu()
@@ -90,6 +91,7 @@ def load_state(path: Path, run: str) -> TrainingState | None:
 @torch.no_grad()
 def restore(state: TrainingState, drafter: TrainableDrafter, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint back."""
+    drafter.feature_scale.copy_(state.tensors["feature_scale"])
     for name, parameter in drafter.named_parameters():
         parameter.copy_(state.tensors[f"parameters.{name}"])
     loaded: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
@@ -155,7 +157,7 @@ def save_drafter(
         vocabulary: [P] ids of the draft vocabulary, where it has one.
         copies_of: also write copies of this target's embedding and head, for loaders that want them.
     """
-    tensors = {name: value.detach().to("cpu", dtype) for name, value in drafter.state_dict().items()}
+    tensors = {name: value.to("cpu", dtype) for name, value in drafter.checkpoint_tensors().items()}
     if vocabulary is not None:
         tensors["draft_vocab_ids"] = torch.from_numpy(vocabulary)
     if copies_of is not None:

@@ -185,7 +185,17 @@ class TrainableDrafter(nn.Module):
         cos, sin = rotary_tables(backbone, positions + config.block_size)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        # Residual streams have a few dimensions a hundred times larger than the others, and late layers are ten times
+        # larger than early ones. Unscaled, these few would be all that hidden_norm lets through at first.
+        scale = torch.ones(len(config.tap_layers) * hidden)
+        self.register_buffer("feature_scale", scale, persistent=False)
         self.checkpoint_layers = False
+
+    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+        """The state dict in DeepSpec's form: the scale of the features is part of fc."""
+        tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        tensors["fc.weight"] = tensors["fc.weight"] * self.feature_scale
+        return tensors
 
     def forward(
         self,
@@ -206,7 +216,7 @@ class TrainableDrafter(nn.Module):
         batch, count = anchors.shape
         # fc in fp32 whatever the rest runs in: residual streams are known to pass 2·10⁴ (see the exporter's).
         with torch.autocast(features.device.type, enabled=False):
-            context = self.hidden_norm(self.fc(features.float()))
+            context = self.hidden_norm(self.fc(features.float() * self.feature_scale))
         states = torch.cat((embeddings[:, :, :1], embeddings[:, :, 1:].expand(-1, -1, block - 1, -1)), dim=2)
         states = states.reshape(batch, count * block, -1)
         positions = (anchors[..., None] + torch.arange(block, device=anchors.device)).reshape(batch, -1)

@@ -20,7 +20,13 @@ WARM_STARTS = ("none", "target")
 _STD = 0.02
 
 
-def initialize(drafter: TrainableDrafter, target: TargetModel, warm_start: str, seed: int) -> None:
+def initialize(
+    drafter: TrainableDrafter,
+    target: TargetModel,
+    warm_start: str,
+    seed: int,
+    feature_sizes: torch.Tensor | None = None,
+) -> None:
     """Fill all parameters.
 
     Args:
@@ -28,6 +34,7 @@ def initialize(drafter: TrainableDrafter, target: TargetModel, warm_start: str, 
         target: what it drafts for.
         warm_start: one of `WARM_STARTS`.
         seed: of the random values.
+        feature_sizes: [T·d] root mean square of each feature; the drafter sees all of them at one size.
 
     Raises:
         InvalidInputError: the target's layers do not fit the drafter's.
@@ -48,6 +55,9 @@ def initialize(drafter: TrainableDrafter, target: TargetModel, warm_start: str, 
         _embed_edges(drafter.markov_head.markov_w1, target.embedding.detach().float().cpu())
         if drafter.markov_head.kind == "rnn":
             _pass_edges(drafter.markov_head.joint_proj, drafter.markov_head.rank)
+    if feature_sizes is not None:
+        with torch.no_grad():
+            drafter.feature_scale.copy_(1.0 / feature_sizes.clamp(min=1e-6))
     if warm_start == "target":
         _copy_layers(drafter, target)
     elif warm_start != "none":
@@ -119,5 +129,5 @@ def _copy_layers(drafter: TrainableDrafter, target: TargetModel) -> None:
     drafter.norm.weight.copy_(target.module.norm.weight)
     hidden = own.hidden_size
     drafter.fc.weight.zero_()
-    drafter.fc.weight[:, -hidden:] = torch.eye(hidden)
+    drafter.fc.weight[:, -hidden:] = torch.eye(hidden) / drafter.feature_scale[-hidden:]
     drafter.hidden_norm.weight.copy_(target.module.layers[first].input_layernorm.weight)
