@@ -55,7 +55,7 @@ def epoch_order(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> li
 
 def batch_of_step(lengths: Sequence[int], batch: int, seed: int, step: int) -> tuple[int, list[int]]:
     """The epoch of a step, and the sequences that it sees."""
-    each = len(epoch_order(lengths, batch, seed, 0))
+    each = len(lengths) // batch  # buckets are whole batches: only the last one leaves something out
     epoch = step // each
     return epoch, epoch_order(lengths, batch, seed, epoch)[step % each]
 

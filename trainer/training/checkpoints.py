@@ -8,7 +8,6 @@ go on bit for bit.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from dspark_edge.engines.errors import CheckpointError, InvalidInputError
 from dspark_edge.trainer.target_model import TargetModel
 from dspark_edge.trainer.training.drafter_model import TrainableDrafter
+from dspark_edge.trainer.training.replacing import replacing
 
 __all__ = ["TrainingState", "load_state", "save_drafter", "save_state"]
 
@@ -36,22 +36,12 @@ class TrainingState:
 
 
 def _write(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Replace a file in one step; what was there stays until the new one is on disk.
-
-    Raises:
-        InvalidInputError: it cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
-        raise InvalidInputError(f"cannot write {path}: {reason}; make room and start again to go on") from None
+    """Replace a file in one step; see `replacing`."""
+    with replacing(path) as temporary:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(str(error)) from error
 
 
 def save_state(path: Path, drafter: TrainableDrafter, optimizer: torch.optim.Optimizer, step: int, run: str) -> None:
@@ -174,11 +164,5 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         InvalidInputError: it cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InvalidInputError(f"cannot write {path}: {error.strerror or error}") from None

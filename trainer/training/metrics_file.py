@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_edge.engines.errors import InvalidInputError, MissingDependencyError
+from dspark_edge.trainer.training.replacing import replacing
 
 __all__ = ["MetricsFile", "plot_metrics"]
 
@@ -43,9 +44,8 @@ class MetricsFile:
         """Keep whole lines up to a step."""
         kept = [entry for entry in read_metrics(self._path) if entry["step"] <= step]
         if self._path.exists():
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-            os.replace(temporary, self._path)
+            with replacing(self._path) as temporary:
+                temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -92,7 +92,6 @@ def plot_metrics(metrics: Path, picture: Path) -> None:
     right.set(xlabel="step", ylabel="accepted length τ", title="held-out responses")
     if right.get_legend_handles_labels()[0]:
         right.legend()
-    temporary = picture.with_name(picture.name + ".tmp")
-    figure.savefig(temporary, dpi=120, format="png")
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     pyplot.close(figure)
-    os.replace(temporary, picture)

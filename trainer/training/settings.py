@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dspark_edge.engines.errors import InvalidInputError
@@ -51,9 +52,7 @@ class DrafterSettings:
             ("draft_vocab", self.draft_vocab is None or self.draft_vocab >= 1, "at least 1"),
             ("intermediate_size", self.intermediate_size is None or self.intermediate_size >= 1, "at least 1"),
         )
-        for name, valid, expected in checks:
-            if not valid:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+        _refuse_invalid(self, checks)
 
     def shape(self, target: DecoderConfig, mask_token_id: int) -> DrafterConfig:
         """The configuration of a drafter for a target.
@@ -147,6 +146,11 @@ class TrainingSettings:
             ("checkpoint_every", self.checkpoint_every >= 1, "at least 1"),
             ("seed", self.seed >= 0, "0 or more"),
         )
-        for name, valid, expected in checks:
-            if not valid:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+        _refuse_invalid(self, checks)
+
+
+def _refuse_invalid(settings: object, checks: Iterable[tuple[str, bool, str]]) -> None:
+    """Name the first value that is out of range: (name, valid, expected)."""
+    for name, valid, expected in checks:
+        if not valid:
+            raise InvalidInputError(f"{name} is {getattr(settings, name)!r}, expected {expected}")

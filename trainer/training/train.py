@@ -25,13 +25,11 @@ from dspark_edge.trainer.training.features import FeatureStore
 from dspark_edge.trainer.training.metrics_file import plot_metrics
 from dspark_edge.trainer.training.processes import Processes, open_processes
 from dspark_edge.trainer.training.settings import DrafterSettings, TrainingSettings
-from dspark_edge.trainer.training.trainer import Outcome, Progress, Trainer
+from dspark_edge.trainer.training.trainer import CHECKPOINT_NAME, METRICS_NAME, Outcome, Progress, Trainer
 from dspark_edge.trainer.training.vocabulary import choose_draft_vocabulary, coverage
 
 __all__ = ["Listener", "Resources", "train_drafter"]
 
-_CHECKPOINT = "checkpoint.safetensors"
-_METRICS = "metrics.jsonl"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -129,7 +127,7 @@ def train_drafter(
                 copies = model if resources.copies else None
                 save_drafter(output, outcome.drafter, final, _DTYPES[resources.dtype], vocabulary, copies)
                 write_text(output / "training.json", _provenance(target, responses, split, drafter, training, outcome))
-                plot_metrics(output / _METRICS, output / "training.png")
+                plot_metrics(output / METRICS_NAME, output / "training.png")
             trainer.finish()
         listener.say(
             f"a step took {outcome.median_step_s:.2f} s (median); peak memory {format_bytes(outcome.peak_memory)}"
@@ -152,7 +150,14 @@ def _prepare_folder(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise InvalidInputError(f"{output} is a file; give a folder")
     if overwrite:
-        for name in (_CHECKPOINT, _METRICS, "model.safetensors", "config.json", "training.json", "training.png"):
+        for name in (
+            CHECKPOINT_NAME,
+            METRICS_NAME,
+            "model.safetensors",
+            "config.json",
+            "training.json",
+            "training.png",
+        ):
             (output / name).unlink(missing_ok=True)
     elif (output / "model.safetensors").exists():
         raise InvalidInputError(f"{output} holds a finished drafter already; give another folder, or --overwrite")

@@ -29,7 +29,10 @@ from dspark_edge.trainer.training.objective import Vocabulary, evaluate_blocks, 
 from dspark_edge.trainer.training.processes import Processes
 from dspark_edge.trainer.training.settings import TrainingSettings
 
-__all__ = ["Outcome", "Progress", "Trainer"]
+__all__ = ["CHECKPOINT_NAME", "METRICS_NAME", "Outcome", "Progress", "Trainer"]
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+METRICS_NAME = "metrics.jsonl"
 
 _FINAL_LEARNING_RATE = 0.02  # of the largest, at the end of the cosine
 _BETAS = (0.9, 0.95)
@@ -96,8 +99,8 @@ class Trainer:
         self._wrapped = processes.wrap(self.drafter)
         self._optimizer = _optimizer(self.drafter, settings)
         self._lengths = [len(example) for example in split.train]
-        self._checkpoint = folder / "checkpoint.safetensors"
-        self._metrics = MetricsFile(folder / "metrics.jsonl")
+        self._checkpoint = folder / CHECKPOINT_NAME
+        self._metrics = MetricsFile(folder / METRICS_NAME)
         said = [
             hash_examples(split.train),
             hash_examples(split.held_out),
