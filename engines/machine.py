@@ -31,6 +31,7 @@ __all__ = [
     "Package",
     "Processor",
     "TensorRT",
+    "installed_version",
     "parse_version",
     "probe_jetson",
     "probe_machine",
@@ -177,7 +178,7 @@ def probe_machine(root: Path = Path("/"), *, folder: Path | None = None, load_li
         jetson=probe_jetson(root),
         onnxruntime=probe_onnxruntime(),
         tensorrt=tuple(probe_tensorrt(module, load=load_libraries) for module in _TENSORRT_DISTRIBUTIONS),
-        packages=tuple(Package(name, _installed_version(name)) for name in TRACKED_PACKAGES),
+        packages=tuple(Package(name, installed_version(name)) for name in TRACKED_PACKAGES),
     )
 
 
@@ -291,7 +292,7 @@ def query_cuda(library: Any, kernel_version: str | None = None) -> NvidiaDriver:
 
 def probe_onnxruntime() -> OnnxRuntime:
     """ONNX Runtime's version and providers; imports it."""
-    candidates = (Package(name, _installed_version(name)) for name in _ORT_DISTRIBUTIONS)
+    candidates = (Package(name, installed_version(name)) for name in _ORT_DISTRIBUTIONS)
     installed = tuple(package for package in candidates if package.version is not None)
     if not _is_present("onnxruntime"):
         return OnnxRuntime(None, (), installed, "onnxruntime is not installed")
@@ -304,7 +305,7 @@ def probe_onnxruntime() -> OnnxRuntime:
 
 def probe_tensorrt(module: str, *, load: bool = False) -> TensorRT:
     """One flavour of TensorRT; imports it only when asked to."""
-    versions = (_installed_version(name) for name in _TENSORRT_DISTRIBUTIONS[module])
+    versions = (installed_version(name) for name in _TENSORRT_DISTRIBUTIONS[module])
     version = next((found for found in versions if found is not None), None)
     if not _is_present(module):
         return TensorRT(module, False, None, None)
@@ -359,7 +360,7 @@ def _free_disk(folder: Path) -> int | None:
         return None
 
 
-def _installed_version(distribution: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

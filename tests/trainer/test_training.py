@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dspark_edge.engines.errors import CheckpointError, InvalidInputError
+from dspark_edge.engines.errors import CheckpointError, InvalidInputError, MissingDependencyError
 from dspark_edge.trainer.training.metrics_file import read_metrics
 from dspark_edge.trainer.training.settings import DrafterSettings, TrainingSettings, automatic_taps
 from dspark_edge.trainer.training.train import Listener, Resources, train_drafter
@@ -107,6 +107,15 @@ def test_a_run_writes_a_drafter_its_metrics_and_a_plot(target: Path, responses: 
     assert (tmp_path / "d" / "training.png").read_bytes().startswith(b"\x89PNG")
     left = sorted(path.name for path in (tmp_path / "d").iterdir())
     assert left == ["config.json", "metrics.jsonl", "model.safetensors", "training.json", "training.png"]
+
+
+def test_a_missing_matplotlib_is_told_before_anything_is_trained(
+    target: Path, responses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingDependencyError, match="matplotlib"):
+        train_drafter(target, [responses], tmp_path / "d", SHAPE, QUICK, EXACT)
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.parametrize("head", ["vanilla", "gated", "rnn", "none"])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dspark_edge.engines.bundle import Bundle
-from dspark_edge.engines.machine import probe_processor
+from dspark_edge.engines.machine import installed_version, probe_processor
 from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.prompts import PromptRecord, hash_prompts
 from dspark_edge.trainer.evaluation.evaluate import Difference, Evaluation, EvaluationOptions
@@ -136,13 +135,8 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = {package: installed_version(package) for package in _PACKAGES}
+    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
 
 
 def _machine() -> dict[str, Any]:

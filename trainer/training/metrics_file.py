@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from dspark_edge.engines.errors import InvalidInputError, MissingDependencyError
 from dspark_edge.trainer.training.replacing import replacing
 
-__all__ = ["MetricsFile", "plot_metrics"]
+__all__ = ["MetricsFile", "plot_metrics", "read_metrics", "require_matplotlib"]
 
 
 class MetricsFile:
@@ -63,17 +65,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def require_matplotlib() -> ModuleType:
+    """matplotlib, asked for before a run begins: hours later would be late to hear that it is missing.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        return importlib.import_module("matplotlib")
+    except ImportError:
+        raise MissingDependencyError("matplotlib", "the plot of a training run", "train") from None
+
+
 def plot_metrics(metrics: Path, picture: Path) -> None:
     """Loss and held-out accepted length over the steps, as PNG.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise MissingDependencyError("matplotlib", "the plot of a training run", "train") from None
-    mpl.use("Agg")
+    require_matplotlib().use("Agg")
     from matplotlib import pyplot
 
     entries = read_metrics(metrics)

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.engines.machine import installed_version
 from dspark_edge.exporter.checkpoint import open_checkpoint
 from dspark_edge.exporter.configuration import DecoderConfig, read_decoder_config
 from dspark_edge.trainer.memory import format_bytes
@@ -22,7 +22,7 @@ from dspark_edge.trainer.target_model import TargetModel
 from dspark_edge.trainer.training.checkpoints import drafter_config_json, save_drafter, write_text
 from dspark_edge.trainer.training.dataset import Example, Split, hash_examples, read_examples, split_examples
 from dspark_edge.trainer.training.features import FeatureStore
-from dspark_edge.trainer.training.metrics_file import plot_metrics
+from dspark_edge.trainer.training.metrics_file import plot_metrics, require_matplotlib
 from dspark_edge.trainer.training.processes import Processes, open_processes
 from dspark_edge.trainer.training.settings import DrafterSettings, TrainingSettings
 from dspark_edge.trainer.training.trainer import CHECKPOINT_NAME, METRICS_NAME, Outcome, Progress, Trainer
@@ -92,8 +92,10 @@ def train_drafter(
         InvalidInputError: responses or settings cannot be used, memory or disk are too small, or the folder holds a
             finished drafter or another run.
         CheckpointError: the target or the run's checkpoint is missing, damaged or unsupported.
+        MissingDependencyError: matplotlib is not installed.
     """
     resources, listener = resources or Resources(), listener or Listener()
+    require_matplotlib()
     with open_processes(resources.device) as processes:
         if processes.first:
             _prepare_folder(output, overwrite)
@@ -223,7 +225,7 @@ def _provenance(
     outcome: Outcome,
 ) -> str:
     """What the drafter was made of, as JSON."""
-    packages = {name: metadata.version(name) for name in ("dspark-edge", "torch", "numpy") if _installed(name)}
+    versions = {name: installed_version(name) for name in ("dspark-edge", "torch", "numpy")}
     content = {
         "target": Path(target).name,
         "responses": [path.name for path in responses],
@@ -234,14 +236,6 @@ def _provenance(
         "held_out": {"tau_greedy": outcome.tau_greedy, "tau_sampled": outcome.tau_sampled},
         "median_step_s": outcome.median_step_s,
         "peak_memory_bytes": outcome.peak_memory,
-        "versions": packages,
+        "versions": {name: version for name, version in versions.items() if version},
     }
     return json.dumps(content, indent=2) + "\n"
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
