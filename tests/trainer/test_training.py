@@ -341,12 +341,21 @@ def test_every_sequence_comes_once_an_epoch() -> None:
     assert batch_of_step(lengths, 4, 3, 13) == (1, epoch_order(lengths, 4, 3, 1)[3])
 
 
-def test_the_weight_of_the_divergence_falls_to_zero() -> None:
-    from dspark_edge.trainer.training.trainer import divergence_weight
+def test_the_first_helps_of_the_loss_fade() -> None:
+    from dspark_edge.trainer.training.trainer import fading
 
-    settings = TrainingSettings(steps=100, divergence=0.8, divergence_share=0.5)
-    assert [round(divergence_weight(step, settings), 3) for step in (0, 25, 50, 99)] == [0.8, 0.4, 0.0, 0.0]
-    assert divergence_weight(0, TrainingSettings(divergence=1.0, divergence_share=0.0)) == 0.0
+    settings = TrainingSettings(steps=100, divergence_share=0.5)
+    assert [round(fading(step, settings), 3) for step in (0, 25, 50, 99)] == [1.0, 0.5, 0.0, 0.0]
+    assert fading(0, TrainingSettings(divergence_share=0.0)) == 0.0
+
+
+def test_short_blocks_come_first_and_more_of_them() -> None:
+    from dspark_edge.trainer.training.trainer import block_of_step
+
+    settings = TrainingSettings(steps=100, anchors=30, short_share=0.6, short_block=3)
+    assert [block_of_step(step, settings, 7) for step in (0, 59, 60, 99)] == [(3, 70), (3, 70), (7, 30), (7, 30)]
+    assert block_of_step(0, settings, 3) == (3, 30)  # the drafter's own blocks are no longer
+    assert block_of_step(0, TrainingSettings(anchors=30, short_share=0.0), 7) == (7, 30)
 
 
 @pytest.mark.parametrize("head", ["vanilla", "rnn", "gated"])

@@ -69,6 +69,7 @@ def _progress() -> Iterator[Report]:
 @click.option("--target", help="Run this checkpoint of the bundle's target in torch instead of the bundle's graphs.")
 @click.option("--device", default="cpu", show_default=True, help="Where --target runs: cpu, cuda, cuda:1 …")
 @click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@click.option("--max-length", type=int, help="Leave out prompts that would get longer.  [default: the capacity]")
 @click.option(
     "--samples", multiple=True, metavar="[DOMAIN=]N", help="Responses to a prompt.  [default: 1]  May be repeated."
 )
@@ -90,6 +91,7 @@ def respond(
     samples: tuple[str, ...],
     threads: int | None,
     wave: int | None,
+    max_length: int | None,
     **given: Any,
 ) -> None:
     """Write the target's own answers to prompts, for a drafter to learn from. Started again, it goes on."""
@@ -97,6 +99,8 @@ def respond(
         raise InvalidInputError("nothing to answer: give --prompts, --synthesise or both")
     if threads is not None and threads < 1:
         raise InvalidInputError(f"threads is {threads}, expected at least 1")
+    if max_length is not None and max_length < 2:
+        raise InvalidInputError(f"max_length is {max_length}, expected at least 2 tokens")
     bundle = Bundle.open(bundle_path)
     wave = _wave(bundle, target, wave)
     settings = ResponseSettings(samples=parse_samples(samples) or (("", 1),), wave=wave, **given)
@@ -107,7 +111,8 @@ def respond(
     limits, vocab_size = bundle.manifest.limits, bundle.manifest.target.vocab_size
     # Before the target is loaded, which takes a while.
     template = ChatTemplate.load(bundle.path)
-    script = Script(records, settings, tokenizer, template, limits.capacity, _identity(bundle, target), vocab_size)
+    longest = limits.capacity if max_length is None else min(max_length, limits.capacity)
+    script = Script(records, settings, tokenizer, template, longest, _identity(bundle, target), vocab_size)
     with ExitStack() as stack:
         responder = _responder(stack, bundle, target, device, provider, threads)
         report = stack.enter_context(_progress())

@@ -8,7 +8,7 @@ go on bit for bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,16 @@ def _write(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[st
             raise OSError(str(error)) from error
 
 
-def save_state(path: Path, drafter: TrainableDrafter, optimizer: torch.optim.Optimizer, step: int, run: str) -> None:
+def save_state(
+    path: Path, drafter: TrainableDrafter, optimizers: Sequence[torch.optim.Optimizer], step: int, run: str
+) -> None:
     """Write a checkpoint of parameters, optimizer moments and the step."""
     tensors = {f"parameters.{name}": value.detach().cpu() for name, value in drafter.named_parameters()}
     tensors["feature_scale"] = drafter.feature_scale.cpu()
     for name, parameter in drafter.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu()
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu()
     _write(tensors, path, {"step": str(step), "run": run})
 
 
@@ -79,7 +82,7 @@ def load_state(path: Path, run: str) -> TrainingState | None:
 
 
 @torch.no_grad()
-def restore(state: TrainingState, drafter: TrainableDrafter, optimizer: torch.optim.Optimizer) -> None:
+def restore(state: TrainingState, drafter: TrainableDrafter, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Put a checkpoint back."""
     drafter.feature_scale.copy_(state.tensors["feature_scale"])
     for name, parameter in drafter.named_parameters():
@@ -93,7 +96,9 @@ def restore(state: TrainingState, drafter: TrainableDrafter, optimizer: torch.op
             parameter = named[name]
             on = "cpu" if field == "step" else parameter.device
             loaded.setdefault(parameter, {})[field] = tensor.to(on)
-    optimizer.state.update(loaded)
+    for optimizer in optimizers:
+        own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.state.update({parameter: loaded[parameter] for parameter in own if parameter in loaded})
 
 
 def drafter_config_json(drafter: TrainableDrafter, target_config: Mapping[str, Any], anchors: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bars
 
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.trainer.training.initialization import WARM_STARTS
-from dspark_edge.trainer.training.settings import HEADS, DrafterSettings, TrainingSettings
+from dspark_edge.trainer.training.settings import HEADS, OPTIMIZERS, DrafterSettings, TrainingSettings
 from dspark_edge.trainer.training.train import Listener, Resources, train_drafter
 from dspark_edge.trainer.training.trainer import Progress
 
@@ -85,13 +85,19 @@ def _listener() -> Iterator[Listener]:
 @click.option("--markov-rank", type=int, default=64, show_default=True)
 @click.option("--head", type=click.Choice(HEADS), default="vanilla", show_default=True, help="The sequential head.")
 @click.option("--confidence/--no-confidence", default=True, show_default=True, help="A confidence head.")
+@click.option("--key-value-heads", type=int, help="Of the drafter's attention.  [default: the target's]")
 @click.option("--draft-vocab", type=int, help="Draft only from so many of the commonest tokens.  [default: all]")
 @click.option("--mask-token-id", type=int, help="[default: a token that the responses never use]")
 @click.option("--steps", type=int, default=2000, show_default=True)
 @click.option("--batch", type=int, default=8, show_default=True, help="Sequences a step.")
 @click.option("--anchors", type=int, default=48, show_default=True, help="Blocks a sequence.")
 @click.option("--prompt-anchors", type=float, default=0.0, show_default=True, help="Share of the blocks in prompts.")
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True)
+@click.option(
+    "--short-share", type=float, default=0.5, show_default=True, help="Of the steps, at first, on shorter, more blocks."
+)
+@click.option("--short-block", type=int, default=3, show_default=True, help="Tokens of a shorter block.")
+@click.option("--learning-rate", type=float, default=2e-3, show_default=True)
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="muon", show_default=True)
 @click.option("--warmup", type=int, default=100, show_default=True, help="Steps.")
 @click.option("--weight-decay", type=float, default=0.01, show_default=True)
 @click.option("--clip", type=float, default=1.0, show_default=True, help="Largest norm of the gradients.")
@@ -103,7 +109,10 @@ def _listener() -> Iterator[Listener]:
     help="Weight, at first, of the cross-entropy with the target's distribution; 0 is the reference's loss.",
 )
 @click.option("--divergence-share", type=float, default=0.5, show_default=True, help="Of the steps, until it is 0.")
-@click.option("--warm-start", type=click.Choice(WARM_STARTS), default="none", show_default=True)
+@click.option(
+    "--regression", type=float, default=0.0, show_default=True, help="Weight, at first, of the states' distance."
+)
+@click.option("--warm-start", type=click.Choice(WARM_STARTS), default="recent", show_default=True)
 @click.option("--held-out", type=float, default=0.02, show_default=True, help="Share of the prompts.")
 @click.option("--evaluate-every", type=int, default=200, show_default=True, help="Steps.")
 @click.option("--checkpoint-every", type=int, default=200, show_default=True, help="Steps.")
@@ -134,7 +143,16 @@ def train(
         import torch
 
         torch.set_num_threads(threads)
-    drafter_names = ("layers", "block_size", "markov_rank", "head", "confidence", "draft_vocab", "mask_token_id")
+    drafter_names = (
+        "layers",
+        "block_size",
+        "markov_rank",
+        "head",
+        "confidence",
+        "draft_vocab",
+        "mask_token_id",
+        "key_value_heads",
+    )
     resource_names = ("device", "cache", "max_length", "dtype", "copies")
     drafter = DrafterSettings(taps=parse_taps(taps), **{name: given.pop(name) for name in drafter_names})
     resources = Resources(cache_bytes=int(cache_gb * 1e9), **{name: given.pop(name) for name in resource_names})

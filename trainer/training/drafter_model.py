@@ -212,8 +212,7 @@ class TrainableDrafter(nn.Module):
             anchors: [B, A] int64, the anchors' positions.
             previous_ids: [B, A, γ] int64, the token before each draft position: x₀ … x_{γ−1}.
         """
-        block = self.config.block_size
-        batch, count = anchors.shape
+        batch, count, block = previous_ids.shape  # training may use shorter blocks than drafting
         # fc in fp32 whatever the rest runs in: residual streams are known to pass 2·10⁴ (see the exporter's).
         with torch.autocast(features.device.type, enabled=False):
             context = self.hidden_norm(self.fc(features.float() * self.feature_scale))

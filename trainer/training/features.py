@@ -135,13 +135,12 @@ class FeatureStore:
                 f"{format_bytes(self.size)} (lower it with --cache-gb)"
             ) from None
 
-    def sizes(self, sequences: int = 64) -> torch.Tensor:
-        """Root mean square of each feature over some sequences, [T·d] fp32.
+    def sample(self, sequences: int = 64) -> torch.Tensor:
+        """Features of some sequences' tokens, [N, T·d] fp32.
 
         First tokens are left out: their states are many times those of all others (attention sinks).
         """
-        found = [self.load(index).taps[1:].float() for index in range(min(sequences, len(self._examples)))]
-        return torch.cat(found).square().mean(dim=0).sqrt().cpu()
+        return torch.cat([self.load(index).taps[1:].float() for index in range(min(sequences, len(self._examples)))])
 
     def close(self) -> None:
         """Release the mapped files."""

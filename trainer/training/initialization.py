@@ -11,11 +11,13 @@ from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.exporter.modules.layers import DecoderLayer
 from dspark_edge.trainer.target_model import TargetModel
 from dspark_edge.trainer.training.drafter_model import TrainableDrafter
+from dspark_edge.trainer.training.look_back import look_back
 
 __all__ = ["WARM_STARTS", "initialize"]
 
-WARM_STARTS = ("none", "target")
-"""none: random layers; target: copies of the target's last layers, and of what the last tap looks like to them."""
+WARM_STARTS = ("none", "recent", "target")
+"""none: random layers; recent: random layers whose attention looks at the latest context, see `look_back`; target:
+copies of the target's last layers, and of what the last tap looks like to them."""
 
 _STD = 0.02
 
@@ -25,7 +27,7 @@ def initialize(
     target: TargetModel,
     warm_start: str,
     seed: int,
-    feature_sizes: torch.Tensor | None = None,
+    sample: torch.Tensor | None = None,
 ) -> None:
     """Fill all parameters.
 
@@ -34,10 +36,10 @@ def initialize(
         target: what it drafts for.
         warm_start: one of `WARM_STARTS`.
         seed: of the random values.
-        feature_sizes: [T·d] root mean square of each feature; the drafter sees all of them at one size.
+        sample: [N, T·d] features of some tokens. The drafter sees each of the T·d at one size.
 
     Raises:
-        InvalidInputError: the target's layers do not fit the drafter's.
+        InvalidInputError: the target's layers do not fit the drafter's, or a warm start lacks the sample it needs.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in drafter.named_parameters():
@@ -55,10 +57,16 @@ def initialize(
         _embed_edges(drafter.markov_head.markov_w1, target.embedding.detach().float().cpu())
         if drafter.markov_head.kind == "rnn":
             _pass_edges(drafter.markov_head.joint_proj, drafter.markov_head.rank)
-    if feature_sizes is not None:
-        with torch.no_grad():
-            drafter.feature_scale.copy_(1.0 / feature_sizes.clamp(min=1e-6))
-    if warm_start == "target":
+    with torch.no_grad():
+        # The head is the target's: it expects states of the size that the target's last norm gives them.
+        drafter.norm.weight.copy_(target.module.norm.weight)
+        if sample is not None:
+            drafter.feature_scale.copy_(1.0 / sample.float().square().mean(dim=0).sqrt().clamp(min=1e-6))
+    if warm_start == "recent":
+        if sample is None:
+            raise InvalidInputError("the warm start 'recent' needs a sample of features")
+        look_back(drafter, target.embedding.detach().float().cpu(), sample)
+    elif warm_start == "target":
         _copy_layers(drafter, target)
     elif warm_start != "none":
         raise InvalidInputError(f"unknown warm start {warm_start!r}; choose one of: {', '.join(WARM_STARTS)}")
@@ -126,7 +134,6 @@ def _copy_layers(drafter: TrainableDrafter, target: TargetModel) -> None:
                 getattr(attention, norm).weight.fill_(2.5)
             else:
                 getattr(attention, norm).weight.copy_(copied.weight)
-    drafter.norm.weight.copy_(target.module.norm.weight)
     hidden = own.hidden_size
     drafter.fc.weight.zero_()
     drafter.fc.weight[:, -hidden:] = torch.eye(hidden) / drafter.feature_scale[-hidden:]

@@ -49,6 +49,7 @@ def step_loss(
     batch: Batch,
     markov_w2: torch.Tensor | None,
     divergence_weight: float = 0.0,
+    regression_weight: float = 0.0,
 ) -> Measures:
     """One forward pass (reference: 0.1 cross-entropy + 0.9 ‖·‖₁ + 1.0 BCE of the confidence, weighted by position).
 
@@ -58,6 +59,8 @@ def step_loss(
         batch: blocks.
         markov_w2: the drafter's W2 [P, r], None without a sequential head.
         divergence_weight: see `draft_loss`.
+        regression_weight: of the squared distance to the target's hidden states, relative to their size (the feature
+            loss of EAGLE). Not part of the reference's loss.
     """
     blocks: Blocks = drafter(batch.features, vocabulary.embed(batch.anchor_ids), batch.anchors, batch.previous_ids)
     weights = position_weights(batch.valid.shape[-1]).to(batch.valid.device)
@@ -83,6 +86,10 @@ def step_loss(
         logits = blocks.confidence_logits.reshape(-1)[chosen].float()
         confidence_loss = functional.binary_cross_entropy_with_logits(logits, acceptance, row_weights, reduction="sum")
         loss = loss + confidence_loss
+    if regression_weight:
+        wanted = batch.target_hidden.flatten(0, 2)[chosen].float()
+        distance = (blocks.hidden.flatten(0, 2)[chosen].float() - wanted).square().mean(dim=-1)
+        loss = loss + regression_weight * (row_weights * distance).sum() / wanted.square().mean()
     # What is not in the loss keeps its place in the graph: processes that share gradients expect all of them.
     loss = loss + 0.0 * sum(part.sum() for part in (blocks.hidden, blocks.markov) if part is not None)
     spread = torch.zeros(batch.valid.numel(), device=loss.device)

@@ -9,7 +9,10 @@ from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig
 from dspark_edge.trainer.training.initialization import WARM_STARTS
 
-__all__ = ["HEADS", "DrafterSettings", "TrainingSettings", "automatic_taps"]
+__all__ = ["HEADS", "OPTIMIZERS", "DrafterSettings", "TrainingSettings", "automatic_taps"]
+
+OPTIMIZERS = ("muon", "adamw")
+"""muon: for the layers' matrices, AdamW for the rest; adamw: for all."""
 
 HEADS = ("vanilla", "gated", "rnn", "none")
 
@@ -41,6 +44,7 @@ class DrafterSettings:
     confidence: bool = True
     draft_vocab: int | None = None  # tokens that it drafts; None: the whole vocabulary
     intermediate_size: int | None = None  # None: the target's
+    key_value_heads: int | None = None  # None: the target's
     mask_token_id: int | None = None  # None: a token that the responses never use
 
     def __post_init__(self) -> None:
@@ -50,6 +54,7 @@ class DrafterSettings:
             ("markov_rank", self.markov_rank >= 0, "0 (no sequential head) or more"),
             ("head", self.head in HEADS, f"one of: {', '.join(HEADS)}"),
             ("draft_vocab", self.draft_vocab is None or self.draft_vocab >= 1, "at least 1"),
+            ("key_value_heads", self.key_value_heads is None or self.key_value_heads >= 1, "at least 1"),
             ("intermediate_size", self.intermediate_size is None or self.intermediate_size >= 1, "at least 1"),
         )
         _refuse_invalid(self, checks)
@@ -72,6 +77,11 @@ class DrafterSettings:
             raise InvalidInputError(
                 f"mask_token_id is {mask_token_id}, expected a token of the vocabulary of {target.vocab_size}"
             )
+        heads = self.key_value_heads or target.num_key_value_heads
+        if target.num_attention_heads % heads:
+            raise InvalidInputError(
+                f"key_value_heads is {heads}, expected a divisor of the target's {target.num_attention_heads} heads"
+            )
         rank = 0 if self.head == "none" else self.markov_rank
         backbone = DecoderConfig(
             family="qwen3",
@@ -80,7 +90,7 @@ class DrafterSettings:
             intermediate_size=self.intermediate_size or target.intermediate_size,
             num_layers=self.layers,
             num_attention_heads=target.num_attention_heads,
-            num_key_value_heads=target.num_key_value_heads,
+            num_key_value_heads=heads,
             head_dim=target.head_dim,
             rms_norm_eps=target.rms_norm_eps,
             rotary=target.rotary,
@@ -117,13 +127,17 @@ class TrainingSettings:
     batch: int = 8  # sequences a step, over all processes
     anchors: int = 48  # blocks a sequence
     prompt_anchors: float = 0.0  # share of them that lie in the prompt
-    learning_rate: float = 1e-3
+    short_share: float = 0.5  # of the steps, the first ones, on blocks of `short_block` tokens, more of them
+    short_block: int = 3
+    learning_rate: float = 2e-3
+    optimizer: str = "muon"  # muon | adamw
     warmup: int = 100  # steps
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradients
     divergence: float = 1.0  # weight of the cross-entropy with the target's distribution, at the first step
     divergence_share: float = 0.5  # of the steps, after which that weight has fallen to 0
-    warm_start: str = "none"
+    regression: float = 0.0  # weight of the distance to the target's hidden states; falls like the divergence's
+    warm_start: str = "recent"
     held_out: float = 0.02  # of the prompts
     evaluate_every: int = 200  # steps
     checkpoint_every: int = 200  # steps
@@ -135,12 +149,16 @@ class TrainingSettings:
             ("batch", self.batch >= 1, "at least 1"),
             ("anchors", self.anchors >= 1, "at least 1"),
             ("prompt_anchors", 0 <= self.prompt_anchors < 1, "0 or more, and below 1"),
+            ("short_share", 0 <= self.short_share <= 1, "between 0 and 1"),
+            ("short_block", self.short_block >= 1, "at least 1"),
             ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("optimizer", self.optimizer in OPTIMIZERS, f"one of: {', '.join(OPTIMIZERS)}"),
             ("warmup", self.warmup >= 0, "0 or more"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("clip", self.clip > 0, "above 0"),
             ("divergence", self.divergence >= 0, "0 or more"),
             ("divergence_share", 0 <= self.divergence_share <= 1, "between 0 and 1"),
+            ("regression", self.regression >= 0, "0 or more"),
             ("warm_start", self.warm_start in WARM_STARTS, f"one of: {', '.join(WARM_STARTS)}"),
             ("evaluate_every", self.evaluate_every >= 1, "at least 1"),
             ("checkpoint_every", self.checkpoint_every >= 1, "at least 1"),

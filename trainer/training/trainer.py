@@ -25,6 +25,7 @@ from dspark_edge.trainer.training.drafter_model import TrainableDrafter
 from dspark_edge.trainer.training.features import FeatureStore
 from dspark_edge.trainer.training.initialization import initialize
 from dspark_edge.trainer.training.metrics_file import MetricsFile
+from dspark_edge.trainer.training.muon import Muon
 from dspark_edge.trainer.training.objective import Vocabulary, evaluate_blocks, step_loss
 from dspark_edge.trainer.training.processes import Processes
 from dspark_edge.trainer.training.settings import TrainingSettings
@@ -92,12 +93,12 @@ class Trainer:
         self._batch_size = min(settings.batch, len(split.train))
         longest = max(len(example) for example in (*split.train, *split.held_out))
         drafter = TrainableDrafter(shape, longest)
-        initialize(drafter, target, settings.warm_start, settings.seed, stores[0].sizes())
+        initialize(drafter, target, settings.warm_start, settings.seed, stores[0].sample())
         self.drafter = drafter.to(self._device)
         self._vocabulary = shared_vocabulary(target, shape, vocabulary_ids, self._device)
         self.drafter.checkpoint_layers = _activations(shape, settings, longest) > available_memory(self._device) // 2
         self._wrapped = processes.wrap(self.drafter)
-        self._optimizer = _optimizer(self.drafter, settings)
+        self._optimizers = make_optimizers(self.drafter, settings)
         self._lengths = [len(example) for example in split.train]
         self._checkpoint = folder / CHECKPOINT_NAME
         self._metrics = MetricsFile(folder / METRICS_NAME)
@@ -142,7 +143,7 @@ class Trainer:
                     # Before the checkpoint, so that no run can be ahead of its metrics.
                     if (step + 1) % settings.checkpoint_every == 0 and not last:
                         self._metrics.sync()
-                        save_state(self._checkpoint, self.drafter, self._optimizer, step + 1, self._run_name)
+                        save_state(self._checkpoint, self.drafter, self._optimizers, step + 1, self._run_name)
                     if listen is not None:
                         listen(Progress(step + 1, settings.steps, entry["loss"], times[-1], *measured))
         if processes.first:
@@ -160,7 +161,7 @@ class Trainer:
         state = load_state(self._checkpoint, self._run_name)
         step = 0
         if state is not None:
-            restore(state, self.drafter, self._optimizer)
+            restore(state, self.drafter, self._optimizers)
             step = min(state.step, self._settings.steps)
         if self._processes.first:
             self._metrics.cut(step)
@@ -173,7 +174,8 @@ class Trainer:
         epoch, chosen = batch_of_step(self._lengths, self._batch_size, settings.seed, step)
         mine = chosen[self._processes.rank :: self._processes.count]
         random = [np.random.default_rng((settings.seed, 2, epoch, index)) for index in mine]
-        return self._collate(self._split.train, self._stores[0], mine, random, settings.prompt_anchors)
+        block, anchors = block_of_step(step, settings, self.drafter.config.block_size)
+        return self._collate(self._split.train, self._stores[0], mine, random, block, anchors, settings.prompt_anchors)
 
     def _collate(
         self,
@@ -181,30 +183,40 @@ class Trainer:
         store: FeatureStore,
         chosen: Sequence[int],
         random: Sequence[np.random.Generator],
+        block: int,
+        count: int,
         prompt_share: float = 0.0,
     ) -> Batch:
         picked = [examples[index] for index in chosen]
         anchors = [
-            draw_anchors(example, self._settings.anchors, source, prompt_share)
-            for example, source in zip(picked, random, strict=True)
+            draw_anchors(example, count, source, prompt_share) for example, source in zip(picked, random, strict=True)
         ]
         features = [store.load(index) for index in chosen]
-        return collate(picked, features, anchors, self.drafter.config.block_size, self._device)
+        return collate(picked, features, anchors, block, self._device)
 
     def _step(self, step: int, batch: Batch) -> dict[str, Any]:
         settings, processes = self._settings, self._processes
         rate = learning_rate(step, settings)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
         with _autocast(self._device):
-            divergence = divergence_weight(step, settings)
-            measures = step_loss(self._wrapped, self._vocabulary, batch, self._markov_w2(), divergence)
+            helps = fading(step, settings)
+            measures = step_loss(
+                self._wrapped,
+                self._vocabulary,
+                batch,
+                self._markov_w2(),
+                settings.divergence * helps,
+                settings.regression * helps,
+            )
         weight = processes.sum(measures.weight)
         # Gradients are averaged over the processes; the loss is a mean over the positions of all of them.
         (measures.loss * (processes.count / weight)).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), settings.clip)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         sums = torch.stack((measures.loss.detach(), measures.cross_entropy, measures.overlap, measures.confidence_loss))
         loss, entropy, overlap, confidence = (processes.sum(sums.float()) / weight).tolist()
         return {
@@ -233,7 +245,7 @@ class Trainer:
                 continue
             chosen = list(range(start, min(start + size, len(examples))))
             random = [np.random.default_rng((self._settings.seed, 3, index)) for index in chosen]
-            batch = self._collate(examples, store, chosen, random)
+            batch = self._collate(examples, store, chosen, random, block, self._settings.anchors)
             with _autocast(self._device):
                 measures = step_loss(self.drafter, self._vocabulary, batch, self._markov_w2())
             greedy = torch.tensor([examples[index].greedy for index in chosen], device=self._device)
@@ -267,6 +279,16 @@ def shared_vocabulary(
     return Vocabulary(target.embedding.to(device), head.to(device), rows.to(device), shape.mask_token_id)
 
 
+def block_of_step(step: int, settings: TrainingSettings, block: int) -> tuple[int, int]:
+    """Tokens of a block, and blocks of a sequence: short blocks come first, in proportion more of them.
+
+    All positions stand on the first ones, and the first ones learn as much from a short block as from a long one.
+    """
+    if step >= settings.short_share * settings.steps or settings.short_block >= block:
+        return block, settings.anchors
+    return settings.short_block, round(settings.anchors * block / settings.short_block)
+
+
 def learning_rate(step: int, settings: TrainingSettings) -> float:
     """Linear warm-up, then a cosine down to a fiftieth."""
     if step < settings.warmup:
@@ -276,23 +298,33 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     return settings.learning_rate * (_FINAL_LEARNING_RATE + (1.0 - _FINAL_LEARNING_RATE) * cosine)
 
 
-def divergence_weight(step: int, settings: TrainingSettings) -> float:
-    """Falls linearly to 0."""
+def fading(step: int, settings: TrainingSettings) -> float:
+    """What is left of the loss's first helps: falls linearly from 1 to 0."""
     end = settings.steps * settings.divergence_share
-    return settings.divergence * max(0.0, 1.0 - step / end) if end else 0.0
+    return max(0.0, 1.0 - step / end) if end else 0.0
 
 
-def _optimizer(drafter: TrainableDrafter, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW; norms, biases and the edge embedding are not decayed."""
-    decayed, plain = [], []
+def make_optimizers(drafter: TrainableDrafter, settings: TrainingSettings) -> tuple[torch.optim.Optimizer, ...]:
+    """AdamW for all parameters, or for all but the layers' matrices and fc, which Muon takes.
+
+    Norms, biases and the edge embedding are not decayed.
+    """
+    matrices, decayed, plain = [], [], []
     for name, parameter in drafter.named_parameters():
-        matrix = parameter.ndim == 2 and not name.startswith("markov_head.markov_w1")
-        (decayed if matrix else plain).append(parameter)
+        if parameter.ndim != 2 or name.startswith("markov_head.markov_w1"):
+            plain.append(parameter)
+        elif settings.optimizer == "muon" and name.startswith(("layers", "fc")):
+            matrices.append(parameter)
+        else:
+            decayed.append(parameter)
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=_BETAS, fused=True)
+    adam = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=_BETAS, fused=True)
+    if not matrices:
+        return (adam,)
+    return adam, Muon(matrices, settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def _autocast(device: torch.device) -> torch.autocast:

@@ -1,0 +1,60 @@
+"""Muon: momentum whose update is orthogonalised, for the matrices of hidden layers (Jordan et al. 2024).
+
+A gradient's few large singular values would rule an update; orthogonalised, all directions move alike. Against AdamW
+that takes fewer steps to the same loss, which counts where a step is dear. torch.optim.Muon computes in bfloat16,
+for which CPUs without AVX-512 have no fast product; so this one works in the type of the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+__all__ = ["Muon", "orthogonalize"]
+
+# Quintic Newton-Schulz coefficients (Jordan et al.): steep at 0, so that few steps suffice; singular values end
+# within 0.7 and 1.2, which serves as well as 1.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """About U·Vᵀ of a matrix U·S·Vᵀ."""
+    first, second, third = _COEFFICIENTS
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    current = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = current @ current.T
+        current = torch.addmm(current, torch.addmm(gram, gram, gram, beta=second, alpha=third), current, beta=first)
+    return current if matrix.shape[0] <= matrix.shape[1] else current.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised, with decoupled weight decay.
+
+    Args:
+        parameters: matrices.
+        lr: learning rate; an update has the root mean square 0.2 · lr that AdamW's usually have (Liu et al. 2025),
+            so that one learning rate serves both.
+        momentum: of the moving average of gradients.
+        weight_decay: decoupled.
+    """
+
+    def __init__(
+        self, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                state = self.state[parameter]
+                buffer = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
+                buffer.lerp_(gradient, 1.0 - group["momentum"])
+                update = orthogonalize(gradient.lerp(buffer, group["momentum"]))
+                parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)
