@@ -303,6 +303,26 @@ def test_automatic_taps_are_spread_and_never_the_last_layer() -> None:
     assert max(automatic_taps(3)) <= 1
 
 
+def test_going_on_from_a_drafter(target: Path, responses: Path, tmp_path: Path) -> None:
+    """With a learning rate of next to nothing it comes out as it went in; its draft vocabulary may differ."""
+    from dataclasses import replace
+
+    train_drafter(target, [responses], tmp_path / "a", replace(SHAPE, draft_vocab=100), QUICK, EXACT)
+    still = replace(QUICK, steps=1, learning_rate=1e-12, warm_start=str(tmp_path / "a"))
+    train_drafter(target, [responses], tmp_path / "b", replace(SHAPE, draft_vocab=100), still, EXACT)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], atol=1e-5, rtol=1e-5)
+    assert json.loads((tmp_path / "b" / "training.json").read_text())["training"]["warm_start"] == "a"
+    train_drafter(target, [responses], tmp_path / "c", SHAPE, still, EXACT)
+    wider = load_file(tmp_path / "c" / "model.safetensors")["markov_head.markov_w2.weight"]
+    ids = before["draft_vocab_ids"]
+    torch.testing.assert_close(wider[ids], before["markov_head.markov_w2.weight"], atol=1e-5, rtol=1e-5)
+    assert int((wider.abs().amax(dim=1) > 1e-6).sum()) <= len(ids)
+    with pytest.raises(InvalidInputError, match="its tap_layers is"):
+        train_drafter(target, [responses], tmp_path / "d", replace(SHAPE, taps=(1, 2)), still, EXACT)
+
+
 def test_copies_are_written_when_asked(target: Path, responses: Path, tmp_path: Path) -> None:
     resources = Resources(device="cpu", dtype="fp32", copies=True)
     train_drafter(target, [responses], tmp_path / "d", SHAPE, QUICK, resources)

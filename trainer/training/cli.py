@@ -112,7 +112,13 @@ def _listener() -> Iterator[Listener]:
 @click.option(
     "--regression", type=float, default=0.0, show_default=True, help="Weight, at first, of the states' distance."
 )
-@click.option("--warm-start", type=click.Choice(WARM_STARTS), default="recent", show_default=True)
+@click.option(
+    "--warm-start",
+    default="recent",
+    show_default=True,
+    metavar=f"[{'|'.join(WARM_STARTS)}|FOLDER]",
+    help="What to start from; a drafter's FOLDER: go on from it.",
+)
 @click.option("--held-out", type=float, default=0.02, show_default=True, help="Share of the prompts.")
 @click.option("--evaluate-every", type=int, default=200, show_default=True, help="Steps.")
 @click.option("--checkpoint-every", type=int, default=200, show_default=True, help="Steps.")

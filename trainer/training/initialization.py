@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.exporter.modules.layers import DecoderLayer
 from dspark_edge.trainer.target_model import TargetModel
+from dspark_edge.trainer.training.continuation import continue_from
 from dspark_edge.trainer.training.drafter_model import TrainableDrafter
 from dspark_edge.trainer.training.look_back import look_back
 
@@ -17,7 +20,8 @@ __all__ = ["WARM_STARTS", "initialize"]
 
 WARM_STARTS = ("none", "recent", "target")
 """none: random layers; recent: random layers whose attention looks at the latest context, see `look_back`; target:
-copies of the target's last layers, and of what the last tap looks like to them."""
+copies of the target's last layers, and of what the last tap looks like to them. Anything else is the folder of a
+drafter to go on from."""
 
 _STD = 0.02
 
@@ -28,18 +32,22 @@ def initialize(
     warm_start: str,
     seed: int,
     sample: torch.Tensor | None = None,
+    vocabulary_ids: np.ndarray | None = None,
 ) -> None:
     """Fill all parameters.
 
     Args:
         drafter: on the CPU.
         target: what it drafts for.
-        warm_start: one of `WARM_STARTS`.
+        warm_start: one of `WARM_STARTS`, or a drafter's folder.
         seed: of the random values.
         sample: [N, T·d] features of some tokens. The drafter sees each of the T·d at one size.
+        vocabulary_ids: [P] of the draft vocabulary; None: the whole vocabulary.
 
     Raises:
-        InvalidInputError: the target's layers do not fit the drafter's, or a warm start lacks the sample it needs.
+        InvalidInputError: the target's layers, or the drafter to go on from, do not fit, or a warm start lacks the
+            sample it needs.
+        CheckpointError: the drafter to go on from is missing or damaged.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in drafter.named_parameters():
@@ -69,7 +77,7 @@ def initialize(
     elif warm_start == "target":
         _copy_layers(drafter, target)
     elif warm_start != "none":
-        raise InvalidInputError(f"unknown warm start {warm_start!r}; choose one of: {', '.join(WARM_STARTS)}")
+        continue_from(drafter, Path(warm_start), vocabulary_ids)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig
@@ -137,7 +138,7 @@ class TrainingSettings:
     divergence: float = 1.0  # weight of the cross-entropy with the target's distribution, at the first step
     divergence_share: float = 0.5  # of the steps, after which that weight has fallen to 0
     regression: float = 0.0  # weight of the distance to the target's hidden states; falls like the divergence's
-    warm_start: str = "recent"
+    warm_start: str = "recent"  # none | recent | target, or the folder of a drafter to go on from
     held_out: float = 0.02  # of the prompts
     evaluate_every: int = 200  # steps
     checkpoint_every: int = 200  # steps
@@ -159,7 +160,11 @@ class TrainingSettings:
             ("divergence", self.divergence >= 0, "0 or more"),
             ("divergence_share", 0 <= self.divergence_share <= 1, "between 0 and 1"),
             ("regression", self.regression >= 0, "0 or more"),
-            ("warm_start", self.warm_start in WARM_STARTS, f"one of: {', '.join(WARM_STARTS)}"),
+            (
+                "warm_start",
+                self.warm_start in WARM_STARTS or Path(self.warm_start).is_dir(),
+                f"a drafter's folder or one of: {', '.join(WARM_STARTS)}",
+            ),
             ("evaluate_every", self.evaluate_every >= 1, "at least 1"),
             ("checkpoint_every", self.checkpoint_every >= 1, "at least 1"),
             ("seed", self.seed >= 0, "0 or more"),

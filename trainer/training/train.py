@@ -20,8 +20,10 @@ from dspark_edge.exporter.configuration import DecoderConfig, read_decoder_confi
 from dspark_edge.trainer.memory import format_bytes
 from dspark_edge.trainer.target_model import TargetModel
 from dspark_edge.trainer.training.checkpoints import drafter_config_json, save_drafter, write_text
+from dspark_edge.trainer.training.continuation import read_shape
 from dspark_edge.trainer.training.dataset import Example, Split, hash_examples, read_examples, split_examples
 from dspark_edge.trainer.training.features import FeatureStore
+from dspark_edge.trainer.training.initialization import WARM_STARTS
 from dspark_edge.trainer.training.metrics_file import plot_metrics, require_matplotlib
 from dspark_edge.trainer.training.processes import Processes, open_processes
 from dspark_edge.trainer.training.settings import DrafterSettings, TrainingSettings
@@ -106,6 +108,8 @@ def train_drafter(
         examples = read_examples(responses, config.vocab_size, resources.max_length)
         split = split_examples(examples, training.held_out)
         mask_token_id = drafter.mask_token_id
+        if mask_token_id is None and training.warm_start not in WARM_STARTS:
+            mask_token_id = read_shape(Path(training.warm_start)).mask_token_id
         if mask_token_id is None:
             mask_token_id = unused_token(examples, config)
         shape = drafter.shape(config, mask_token_id)
@@ -232,7 +236,7 @@ def _provenance(
         "responses_sha256": {"train": hash_examples(split.train), "held_out": hash_examples(split.held_out)},
         "response_tokens": int(sum(len(example) - example.prompt_length for example in split.train)),
         "drafter": asdict(drafter),
-        "training": asdict(training),
+        "training": {**asdict(training), "warm_start": Path(training.warm_start).name},
         "held_out": {"tau_greedy": outcome.tau_greedy, "tau_sampled": outcome.tau_sampled},
         "median_step_s": outcome.median_step_s,
         "peak_memory_bytes": outcome.peak_memory,

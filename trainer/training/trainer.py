@@ -93,7 +93,7 @@ class Trainer:
         self._batch_size = min(settings.batch, len(split.train))
         longest = max(len(example) for example in (*split.train, *split.held_out))
         drafter = TrainableDrafter(shape, longest)
-        initialize(drafter, target, settings.warm_start, settings.seed, stores[0].sample())
+        initialize(drafter, target, settings.warm_start, settings.seed, stores[0].sample(), vocabulary_ids)
         self.drafter = drafter.to(self._device)
         self._vocabulary = shared_vocabulary(target, shape, vocabulary_ids, self._device)
         self.drafter.checkpoint_layers = _activations(shape, settings, longest) > available_memory(self._device) // 2
