@@ -42,7 +42,10 @@ def main() -> int:
     params = SamplingParams(max_new_tokens=arguments.max_new_tokens)
     answers: dict[str, list[Generation]] = {"plain": [], "static": []}
     different = 0
-    with Generator.open(arguments.bundle, mode="plain") as plain, Generator.open(arguments.bundle) as static:
+    with (
+        Generator.open(arguments.bundle, mode="plain") as plain,
+        Generator.open(arguments.bundle, mode="static") as static,
+    ):
         for number, record in enumerate(islice(read_prompt_records(arguments.prompts), arguments.limit), start=1):
             prompt = record.opening
             one, other = plain.generate(prompt, params), static.generate(prompt, params)

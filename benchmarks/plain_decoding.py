@@ -96,7 +96,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     bundle = Bundle.open(arguments.bundle)
     greedy = SamplingParams(max_new_tokens=arguments.tokens + 1, ignore_eos=True)
     host: dict[str, list[float]] = {"plain": [], "static": []}
-    with Generator.open(arguments.bundle, mode="plain") as plain, Generator.open(arguments.bundle) as static:
+    with (
+        Generator.open(arguments.bundle, mode="plain") as plain,
+        Generator.open(arguments.bundle, mode="static") as static,
+    ):
         prompt = plain.encode(PROMPT) if plain.tokenizer else list(range(1, 33))
         capacity = plain.capacity if bundle.manifest.lowering != "ort" else 512
 

@@ -31,6 +31,7 @@ TEXT_FILES = (
     "chat_template.jinja",
     "generation_config.json",
     "special_tokens_map.json",
+    "calibration.json",  # of a drafter that comes with one
 )
 
 WEIGHTS_FILE = "model.safetensors"

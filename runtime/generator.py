@@ -10,30 +10,32 @@ from __future__ import annotations
 import collections.abc
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any
 
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import Engine
 from dspark_edge.engines.errors import CapacityError, InvalidInputError
+from dspark_edge.engines.profile_device import probe_device
+from dspark_edge.runtime.answer import Answer, Generation
 from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.chat_template import ChatTemplate, Message
-from dspark_edge.runtime.detokenizer import IncrementalDetokenizer
 from dspark_edge.runtime.model import ModelDrafter, ModelVerifier
 from dspark_edge.runtime.ngram import NgramDrafter
-from dspark_edge.runtime.round import Drafter, Observer, Policy, Request, decode_round, static_policy
+from dspark_edge.runtime.round import Drafter, FixedLength, Observer, Policy, Request, decode_round
 from dspark_edge.runtime.sampling import RandomStream, SamplingParams
+from dspark_edge.runtime.scheduled_policy import StreamScheduling
 from dspark_edge.runtime.sequence import Sequence
-from dspark_edge.runtime.statistics import Statistics, Tally
+from dspark_edge.runtime.statistics import Tally
 from dspark_edge.runtime.tokenizer import Tokenizer
 
 __all__ = ["MODES", "Generation", "Generator", "GeneratorOptions", "Piece", "Prompt"]
 
-MODES = ("plain", "static")
-"""plain: the target alone; static: always verify a block of the same length."""
+MODES = ("plain", "static", "scheduled")
+"""plain: the target alone; static: always verify a block of the same length; scheduled: draft and verify what pays on
+this device."""
 
 Prompt = str | collections.abc.Sequence[int] | collections.abc.Sequence[Message]
 """Text, token ids, or the messages of a conversation."""
@@ -47,36 +49,19 @@ class GeneratorOptions:
         InvalidInputError: an option is unknown or out of range.
     """
 
-    mode: str = "static"
+    mode: str | None = None  # None: scheduled where the device has been profiled, static elsewhere
     verify_length: int | None = None  # draft tokens verified a round in static mode; None: the whole block
     prefill_chunk: int = 256  # most prompt tokens a call
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
+        if self.mode is not None and self.mode not in MODES:
             raise InvalidInputError(f"unknown mode {self.mode!r}; choose one of: {', '.join(MODES)}")
         if self.verify_length is not None and self.verify_length < 1:
             raise InvalidInputError(f"verify_length is {self.verify_length}, expected at least 1 (or --mode plain)")
+        if self.verify_length is not None and self.mode == "scheduled":
+            raise InvalidInputError("verify_length fixes what mode 'scheduled' decides; give one of the two")
         if self.prefill_chunk < 1:
             raise InvalidInputError(f"prefill_chunk is {self.prefill_chunk}, expected at least 1")
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """A finished answer."""
-
-    token_ids: tuple[int, ...]  # new ids only; the end-of-text id that ended it included
-    text: str  # without special tokens and without the stop text
-    finish_reason: str  # stop | length | cancelled
-    log_probs: tuple[float, ...]  # of token_ids, under the target, before temperature and filters
-    statistics: Statistics
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "token_ids": list(self.token_ids),
-            "text": self.text,
-            "finish_reason": self.finish_reason,
-            "stats": self.statistics.to_json(),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +85,11 @@ class Generator:
         make_drafter: makes another drafter than the bundle's own, on the engine; the mode still decides its use.
         observer: is shown every round.
         calibration: of the drafter's confidences, instead of the bundle's own.
+        scheduling: decides for the mode 'scheduled'; knows costs and what became of earlier requests.
 
     Raises:
         BundleError: the bundle's tokenizer, chat template or calibration is damaged.
-        InvalidInputError: an option does not fit the bundle.
+        InvalidInputError: an option does not fit the bundle, or the mode is 'scheduled' without a scheduling.
     """
 
     def __init__(
@@ -113,6 +99,7 @@ class Generator:
         make_drafter: Callable[[Engine], Drafter] | None = None,
         observer: Observer | None = None,
         calibration: Calibration | None = None,
+        scheduling: StreamScheduling | None = None,
     ) -> None:
         self._engine = engine
         self.options = options or GeneratorOptions()
@@ -123,7 +110,8 @@ class Generator:
         self.tokenizer = Tokenizer.load(self.bundle.path)
         self.chat_template = ChatTemplate.load(self.bundle.path) if self.tokenizer else None
         self._verifier = ModelVerifier(engine, self.options.prefill_chunk)
-        self._drafter, self._policy = self._plan(make_drafter, calibration)
+        self._length = 0  # verified a round where nothing is scheduled
+        self._drafter, self._scheduling = self._plan(make_drafter, calibration, scheduling)
         self._observer = observer
         self._sequence: Sequence | None = None  # what the caches hold
         self._cancelled = threading.Event()
@@ -133,7 +121,7 @@ class Generator:
         cls,
         path: str | Path,
         *,
-        mode: str = "static",
+        mode: str | None = None,
         verify_length: int | None = None,
         prefill_chunk: int = 256,
         provider: str = "cpu",
@@ -148,14 +136,19 @@ class Generator:
             threads: threads on the CPU; None: all cores.
 
         Raises:
-            BundleError, EngineError, InvalidInputError: see there.
+            BundleError, EngineError, InvalidInputError: see there; InvalidInputError also where mode is "scheduled"
+                and the bundle has no valid profile of this device.
         """
         from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 
         options = GeneratorOptions(mode, verify_length, prefill_chunk)
         engine = OnnxRuntimeEngine(Bundle.open(path), provider, threads)
         try:
-            return cls(engine, options)
+            scheduling = None
+            if mode in (None, "scheduled") and verify_length is None:
+                device = probe_device(provider, engine.threads)
+                scheduling = StreamScheduling.of_device(engine.bundle, device, needed=mode is not None)
+            return cls(engine, options, scheduling=scheduling)
         except BaseException:
             engine.close()
             raise
@@ -238,12 +231,18 @@ class Generator:
         return self._decode(token_ids, params)
 
     def _plan(
-        self, make_drafter: Callable[[Engine], Drafter] | None, calibration: Calibration | None
-    ) -> tuple[Drafter | None, Policy]:
-        """Drafter and policy of the options' mode."""
-        facts = self.bundle.manifest.drafter
-        if self.options.mode == "plain":
-            return None, static_policy(0)
+        self,
+        make_drafter: Callable[[Engine], Drafter] | None,
+        calibration: Calibration | None,
+        scheduling: StreamScheduling | None,
+    ) -> tuple[Drafter | None, StreamScheduling | None]:
+        """The drafter of the options' mode, and what schedules it; settles the mode."""
+        facts, mode = self.bundle.manifest.drafter, self.options.mode
+        if mode is None:
+            mode = "static" if scheduling is None else "scheduled"
+        self.options = replace(self.options, mode=mode)
+        if mode == "plain":
+            return None, None
         drafter: Drafter
         if make_drafter is not None:
             drafter = make_drafter(self._engine)
@@ -252,10 +251,20 @@ class Generator:
         else:
             calibration = calibration or Calibration.load(self.bundle)
             drafter = ModelDrafter(self._engine, self._verifier.caches, calibration)
+        if mode == "scheduled":
+            if scheduling is None:
+                raise InvalidInputError("mode 'scheduled' needs a scheduling; Generator.open makes one of the profile")
+            return drafter, scheduling
         length = self.options.verify_length or drafter.block_size
         if length > drafter.block_size:
             raise InvalidInputError(f"verify_length is {length}, the drafter's block has {drafter.block_size} tokens")
-        return drafter, static_policy(length)
+        self._length = length
+        return drafter, None
+
+    def _policy(self, params: SamplingParams) -> Policy:
+        if self._scheduling is not None:
+            return self._scheduling.policy(params)
+        return FixedLength(self._length)
 
     def _tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -286,8 +295,9 @@ class Generator:
         reused = self._reuse(token_ids)
         sequence = Sequence(list(token_ids), len(token_ids), reused)
         request = Request(sequence, params, RandomStream(params.seed))
+        policy = self._policy(params)
         tally = Tally(len(token_ids), reused)
-        answer = _Answer(sequence, params, self._eos_ids, self.capacity, self.tokenizer)
+        answer = Answer(sequence, params, self._eos_ids, self.capacity, self.tokenizer)
         self._sequence = None  # until a call has ended well, the caches are nobody's
         verdict = self._verifier.prefill(request)
         sequence.commit((verdict.next_id,), verdict.log_probs)
@@ -309,70 +319,10 @@ class Generator:
                 )
             round_started = perf_counter()
             self._sequence = None
-            record = decode_round(request, self._verifier, self._drafter, self._policy)
+            record = decode_round(request, self._verifier, self._drafter, policy)
             self._sequence = sequence
             text = answer.take_in()
             tally.add(record)
             tally.decode_s += perf_counter() - round_started
             if self._observer is not None:
                 self._observer(record)
-
-
-class _Answer:
-    """Cuts what rounds commit at the request's end, and turns it into text."""
-
-    def __init__(
-        self,
-        sequence: Sequence,
-        params: SamplingParams,
-        eos_ids: frozenset[int],
-        capacity: int,
-        tokenizer: Tokenizer | None,
-    ) -> None:
-        self._sequence = sequence
-        self._stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
-        limit = capacity + 1 - sequence.prompt_length  # the last token needs no slot
-        self._limit = limit if params.max_new_tokens is None else min(params.max_new_tokens, limit)
-        self._detokenizer = IncrementalDetokenizer(tokenizer, params.stop) if tokenizer is not None else None
-        self._taken = 0
-        self._text = ""
-        self.last_ids: tuple[int, ...] = ()
-        self.finish_reason: str | None = None
-
-    def take_in(self) -> str:
-        """Judge the tokens committed since the last call; drop those behind the end. Returns the new text."""
-        sequence = self._sequence
-        fresh = sequence.new_ids[self._taken :]
-        keep = min(len(fresh), self._limit - self._taken)
-        for count, token in enumerate(fresh[:keep], start=1):
-            if token in self._stop_ids:
-                keep, self.finish_reason = count, "stop"
-                break
-        text = ""
-        if self._detokenizer is not None:
-            text = self._detokenizer.push(fresh[:keep])
-            if self._detokenizer.stopped and self._detokenizer.stop_token_count is not None:
-                keep, self.finish_reason = self._detokenizer.stop_token_count - self._taken, "stop"
-        self._taken += keep
-        if self.finish_reason is None and self._taken >= self._limit:
-            self.finish_reason = "length"
-        sequence.rollback_to(sequence.prompt_length + self._taken)
-        self.last_ids = tuple(fresh[:keep])
-        self._text += text
-        return text
-
-    def finish_text(self) -> str:
-        """Text that was held back and is certain now."""
-        rest = self._detokenizer.finish() if self._detokenizer is not None else ""
-        self._text += rest
-        return rest
-
-    def result(self, tally: Tally) -> Generation:
-        new_ids = tuple(self._sequence.new_ids)
-        return Generation(
-            new_ids,
-            self._text,
-            self.finish_reason or "stop",
-            tuple(self._sequence.log_probs),
-            tally.result(len(new_ids)),
-        )

@@ -20,14 +20,15 @@ __all__ = [
     "Candidates",
     "Draft",
     "Drafter",
+    "FixedLength",
     "Observer",
     "Policy",
+    "Prediction",
     "Request",
     "Round",
     "Verdict",
     "Verifier",
     "decode_round",
-    "static_policy",
 ]
 
 
@@ -92,20 +93,51 @@ class Verifier(Protocol):
         """Judge the first `verify_length` tokens of the draft; caches are written from the anchor's position on."""
 
 
-Policy = Callable[[Draft, int], int]
-"""(draft, room) → verify length: how many draft tokens to verify, at most the draft and the room."""
+class Policy(Protocol):
+    """Decides for one request, round by round: whether to draft, and how much of the draft to verify."""
+
+    def wants_draft(self, context: int) -> bool:
+        """Whether to run the drafter in this round, with `context` tokens cached."""
+
+    def verify_length(self, draft: Draft, room: int, context: int) -> int:
+        """How many draft tokens to verify: at most the draft and the room behind the anchor."""
+
+    def predicted_s(self) -> Prediction | None:
+        """What this round was expected to take; None where nothing is known of costs."""
+
+    def learn(self, record: Round) -> None:
+        """What became of the round."""
 
 
-def static_policy(length: int) -> Policy:
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Expected seconds of a round."""
+
+    draft_s: float
+    verify_s: float  # target and acceptance
+    plain_s: float  # of a round of plain decoding in its place
+
+
+@dataclass(frozen=True, slots=True)
+class FixedLength:
     """Always verify `length` tokens, as far as there are so many (0 is plain decoding).
 
     Lossless at any temperature: the length depends on no token.
     """
 
-    def choose(draft: Draft, room: int) -> int:
-        return min(length, room, len(draft.token_ids))
+    length: int
 
-    return choose
+    def wants_draft(self, context: int) -> bool:
+        return self.length > 0
+
+    def verify_length(self, draft: Draft, room: int, context: int) -> int:
+        return min(self.length, room, len(draft.token_ids))
+
+    def predicted_s(self) -> Prediction | None:
+        return None
+
+    def learn(self, record: Round) -> None:
+        """Nothing to learn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +150,8 @@ class Round:
     accepted_length: int  # committed tokens, the target's own included
     draft_s: float
     verify_s: float
+    schedule_s: float = 0.0  # spent on deciding
+    prediction: Prediction | None = None
 
     @property
     def drafted(self) -> int:
@@ -136,27 +170,34 @@ def decode_round(request: Request, verifier: Verifier, drafter: Drafter | None, 
         request: its sequence is cached up to the anchor, and has room for the anchor itself.
         verifier: target and acceptance.
         drafter: None decodes plainly.
-        policy: chooses the verify length.
+        policy: decides whether to draft, and the verify length.
     """
     sequence = request.sequence
     position = sequence.cache_length
     room = verifier.capacity - position - 1  # slots behind the anchor's own
 
     started = perf_counter()
-    draft = drafter.draft(request) if drafter is not None and room > 0 else NO_DRAFT
+    drafts = drafter is not None and room > 0 and policy.wants_draft(position)
+    decided = perf_counter()
+    draft = drafter.draft(request) if drafter is not None and drafts else NO_DRAFT
 
     drafted = perf_counter()
-    verify_length = policy(draft, room)
+    verify_length = policy.verify_length(draft, room, position)
+    scheduled = perf_counter()
     verdict = verifier.verify(request, draft, verify_length)
     verified = perf_counter()
 
     accepted = draft.token_ids[: verdict.accepted_length]
     sequence.commit((*accepted, verdict.next_id), verdict.log_probs)
-    return Round(
+    record = Round(
         position=position,
         draft=draft,
         verify_length=verify_length,
         accepted_length=len(accepted) + 1,
-        draft_s=drafted - started,
-        verify_s=verified - drafted,
+        draft_s=drafted - decided,
+        verify_s=verified - scheduled,
+        schedule_s=decided - started + scheduled - drafted,
+        prediction=policy.predicted_s(),
     )
+    policy.learn(record)
+    return record

@@ -57,6 +57,13 @@ class SamplingParams:
         """Whether top-k, top-p or min-p are on."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
+    @property
+    def sampler_role(self) -> str:
+        """The bundle's graph that accepts and draws for such a request."""
+        if self.greedy:
+            return "sampler_greedy"
+        return "sampler_filtered" if self.filtered else "sampler"
+
 
 @dataclass(slots=True)
 class RandomStream:

@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "parity": ("dspark_edge.exporter.cli:parity", "Compare a bundle with its checkpoints in torch, output by output."),
     "generate": ("dspark_edge.runtime.cli.generate:generate", "Answer prompts."),
     "chat": ("dspark_edge.runtime.cli.chat:chat", "Talk to a model."),
+    "profile": ("dspark_edge.runtime.cli.profile:profile", "Measure what rounds cost on this device."),
     "respond": ("dspark_edge.trainer.responses.cli:respond", "Write a target's own answers, to train a drafter on."),
     "train": ("dspark_edge.trainer.training.cli:train", "Train a drafter for a target."),
     "evaluate": ("dspark_edge.trainer.evaluation.cli:evaluate_command", "Measure a bundle on prompts."),

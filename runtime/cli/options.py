@@ -33,9 +33,8 @@ engine_options = _combine(
         click.option(
             "--mode",
             type=click.Choice(MODES),
-            default="static",
-            show_default=True,
-            help="plain: the target alone; static: verify a whole block every round.",
+            help="plain: the target alone; static: verify a whole block every round; scheduled: draft and verify what "
+            "pays on this device.  [default: scheduled once `dspark-edge profile` has run, static before]",
         ),
         click.option("--verify-length", type=int, help="Draft tokens verified a round.  [default: the block]"),
         click.option("--prefill-chunk", type=int, default=256, show_default=True, help="Most prompt tokens a call."),

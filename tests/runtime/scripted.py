@@ -58,3 +58,20 @@ class ScriptedDrafter:
             token_ids.append(token if step < self.right else (token + 1) % 50)
             prefix.append(token_ids[-1])
         return Draft(tuple(token_ids))
+
+
+@dataclass(frozen=True)
+class TableCosts:
+    """Costs by width, whatever the context; a batch costs its multiple."""
+
+    target: tuple[float, ...]  # seconds at width 1, 2, …
+    draft: float
+
+    def target_s(self, batch: int, width: int, context: int) -> float:
+        return batch * self.target[min(width, len(self.target)) - 1]
+
+    def draft_s(self, batch: int, context: int) -> float:
+        return batch * self.draft
+
+    def sampler_s(self, batch: int, width: int) -> float:
+        return 0.0

@@ -20,6 +20,10 @@ from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.runtime import Generator, GeneratorOptions, SamplingParams
 from dspark_edge.runtime.ngram import NgramDrafter
 from dspark_edge.runtime.round import Candidates, Draft, Drafter, Request
+from dspark_edge.runtime.scheduled_policy import StreamScheduling
+from dspark_edge.runtime.scheduling import EarlyStop, Lagged, LookAhead, Scheduler, Threshold
+
+from .scripted import TableCosts
 
 PROMPT = [int(byte) for byte in b"the "]
 RUNS = 20_000
@@ -91,12 +95,16 @@ class WrongDrafter:
 
 
 def chi_square_p_value(
-    bundle_dir: Path, make: Callable[[Engine], Drafter] | None, warp: Warp, **params: float
+    bundle_dir: Path,
+    make: Callable[[Engine], Drafter] | None,
+    warp: Warp,
+    scheduling: StreamScheduling | None = None,
+    **params: float,
 ) -> float:
     chi2 = pytest.importorskip("scipy.stats").chi2
     with OnnxRuntimeEngine(Bundle.open(bundle_dir), threads=1) as engine:
         expected = dict(outcomes(TargetProbs(engine), warp, LEAST_EXPECTED / RUNS))
-        generator = Generator(engine, GeneratorOptions(), make)
+        generator = Generator(engine, GeneratorOptions(), make, scheduling=scheduling)
         counts: Counter[tuple[int, ...]] = Counter()
         for seed in range(RUNS):
             sampling = SamplingParams(max_new_tokens=DEPTH, seed=seed, ignore_eos=True, **params)  # type: ignore[arg-type]
@@ -133,6 +141,17 @@ def nucleus(probs: Probs) -> Probs:
 )
 def test_draws_follow_the_target(bundle_dir: Path, make: Callable[[Engine], Drafter] | None) -> None:
     assert chi_square_p_value(bundle_dir, make, unchanged, temperature=1.0) > 1e-3
+
+
+STAIRCASE = TableCosts(target=(1.0, 1.3, 1.3, 1.3, 1.8, 1.8, 1.8, 1.8), draft=0.1)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [LookAhead(), EarlyStop(), Lagged(), Threshold(0.5)], ids=lambda one: type(one).__name__
+)
+def test_draws_follow_the_target_under_scheduling(bundle_dir: Path, scheduler: Scheduler) -> None:
+    scheduling = StreamScheduling({"sampler": STAIRCASE}, 7, scheduler)
+    assert chi_square_p_value(bundle_dir, None, unchanged, scheduling, temperature=1.0) > 1e-3
 
 
 @pytest.mark.parametrize("make", [None, WrongDrafter], ids=["trained", "wrong"])

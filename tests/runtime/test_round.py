@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.runtime.round import NO_DRAFT, Draft, Request, decode_round, static_policy
+from dspark_edge.runtime.round import NO_DRAFT, Draft, FixedLength, Request, decode_round
 from dspark_edge.runtime.sampling import RandomStream, SamplingParams
 from dspark_edge.runtime.sequence import Sequence
 
@@ -28,7 +28,7 @@ def plain(length: int) -> list[int]:
 @pytest.mark.parametrize("right", range(6))
 def test_a_rejection_at_every_position_gives_the_plain_tokens(right: int) -> None:
     request, verifier = make_request(), ScriptedVerifier()
-    rounds = [decode_round(request, verifier, ScriptedDrafter(right), static_policy(5)) for _ in range(10)]
+    rounds = [decode_round(request, verifier, ScriptedDrafter(right), FixedLength(5)) for _ in range(10)]
     assert [one.accepted_length for one in rounds] == [right + 1] * 10
     assert request.sequence.token_ids == plain(len(request.sequence.token_ids))
     assert len(request.sequence.token_ids) == len(PROMPT) + 10 * (right + 1)
@@ -37,15 +37,16 @@ def test_a_rejection_at_every_position_gives_the_plain_tokens(right: int) -> Non
 @pytest.mark.parametrize("verify_length", range(6))
 def test_the_verify_length_bounds_what_is_sent_and_accepted(verify_length: int) -> None:
     request, verifier = make_request(), ScriptedVerifier()
-    record = decode_round(request, verifier, ScriptedDrafter(right=5), static_policy(verify_length))
-    assert (record.drafted, record.verify_length, record.accepted_length) == (5, verify_length, verify_length + 1)
+    record = decode_round(request, verifier, ScriptedDrafter(right=5), FixedLength(verify_length))
+    assert (record.verify_length, record.accepted_length) == (verify_length, verify_length + 1)
+    assert record.drafted == (5 if verify_length else 0)  # what would not be verified is not drafted
     assert verifier.widths == [verify_length + 1]
     assert request.sequence.token_ids == plain(len(PROMPT) + verify_length + 1)
 
 
 def test_without_a_drafter_a_round_is_a_plain_step() -> None:
     request, verifier = make_request(), ScriptedVerifier()
-    record = decode_round(request, verifier, None, static_policy(0))
+    record = decode_round(request, verifier, None, FixedLength(0))
     assert (record.drafted, record.verify_length, record.accepted_length) == (0, 0, 1)
     assert verifier.widths == [1]
 
@@ -54,7 +55,7 @@ def test_a_block_that_would_pass_the_capacity_is_shortened() -> None:
     request, verifier = make_request(), ScriptedVerifier(capacity=len(PROMPT) + 8)
     accepted = []
     while request.sequence.cache_length < verifier.capacity:
-        record = decode_round(request, verifier, ScriptedDrafter(right=5), static_policy(5))
+        record = decode_round(request, verifier, ScriptedDrafter(right=5), FixedLength(5))
         accepted.append(record.accepted_length)
     assert accepted == [6, 3]  # the last round has room for the anchor and two drafts
     assert request.sequence.token_ids == plain(len(request.sequence.token_ids))
@@ -66,15 +67,17 @@ def test_the_last_slot_is_decoded_plainly_without_asking_the_drafter() -> None:
             raise AssertionError("there is no room for a draft")
 
     request, verifier = make_request(), ScriptedVerifier(capacity=len(PROMPT))
-    assert decode_round(request, verifier, Unwanted(5), static_policy(5)).verify_length == 0
+    assert decode_round(request, verifier, Unwanted(5), FixedLength(5)).verify_length == 0
 
 
-def test_static_policy_takes_what_there_is() -> None:
-    policy = static_policy(4)
-    assert policy(Draft((1, 2, 3, 4, 5)), 10) == 4
-    assert policy(Draft((1, 2)), 10) == 2
-    assert policy(Draft((1, 2, 3, 4, 5)), 3) == 3
-    assert policy(NO_DRAFT, 10) == 0
+def test_a_fixed_length_takes_what_there_is() -> None:
+    policy = FixedLength(4)
+    assert policy.wants_draft(0)
+    assert policy.verify_length(Draft((1, 2, 3, 4, 5)), 10, 0) == 4
+    assert policy.verify_length(Draft((1, 2)), 10, 0) == 2
+    assert policy.verify_length(Draft((1, 2, 3, 4, 5)), 3, 0) == 3
+    assert policy.verify_length(NO_DRAFT, 10, 0) == 0
+    assert not FixedLength(0).wants_draft(0)
 
 
 def test_committing_caches_everything_but_the_anchor() -> None:

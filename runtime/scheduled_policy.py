@@ -1,0 +1,160 @@
+"""Confidence-scheduled decoding of single requests: the scheduler's decisions, as rounds ask for them.
+
+`scheduling/` decides from numbers; here the numbers come from rounds and go back: confidences of drafts, observed
+times for the costs, what was accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from dspark_edge.engines.bundle import Bundle
+from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.engines.profile import SAMPLER_ROLES, Profile, stale_reasons
+from dspark_edge.engines.profile_device import Device
+from dspark_edge.runtime.calibration import Calibration
+from dspark_edge.runtime.round import Draft, Prediction, Round
+from dspark_edge.runtime.sampling import SamplingParams
+from dspark_edge.runtime.scheduling import (
+    Controller,
+    CorrectedCosts,
+    Costs,
+    LookAhead,
+    Offer,
+    ParkingOptions,
+    Plan,
+    Scheduler,
+    Serial,
+)
+
+__all__ = ["ScheduledPolicy", "StreamScheduling", "mean_conditionals", "profiled_costs"]
+
+
+def mean_conditionals(calibration: Calibration | None, temperature: float) -> tuple[float, ...] | None:
+    """[γ] mean conditional acceptance by position on the calibration's prompts; None without a calibration.
+
+    A position is judged in as many rounds as the one before it was accepted in, so the numbers of samples tell. The
+    last position has no successor: it is taken to be accepted as often as the one before it.
+    """
+    if calibration is None:
+        return None
+    fit = min(calibration.fits, key=lambda one: abs(one.sampling_temperature - temperature))
+    samples = fit.samples
+    if not samples or samples[0] == 0:
+        return None
+    means = [after / before if before else 0.0 for before, after in pairwise(samples)]
+    means.append(means[-1] if means else 0.5)
+    return tuple(min(max(mean, 0.01), 0.999) for mean in means)
+
+
+def profiled_costs(bundle: Bundle, device: Device, *, needed: bool) -> Mapping[str, Costs] | None:
+    """The costs of a bundle's profile of a device, by sampler role; None where there is no valid one.
+
+    Raises:
+        BundleError: the profile is damaged.
+        InvalidInputError: there is no valid one and it is needed.
+    """
+    profile = Profile.load(bundle, device)
+    reasons = stale_reasons(profile, device, bundle) if profile is not None else ("it has not been measured here",)
+    if profile is not None and not reasons:
+        return {role: profile.of_sampler(role) for role in SAMPLER_ROLES}
+    if not needed:
+        return None
+    raise InvalidInputError(
+        f"mode 'scheduled' needs to know what {bundle.path.name} costs on this device, but {'; '.join(reasons)}; "
+        f"run: dspark-edge profile {bundle.path}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Requests whose rounds cost alike: one kind of sampler."""
+
+    controller: Controller
+    costs: CorrectedCosts
+
+
+class StreamScheduling:
+    """What is known of an engine's rounds; makes a policy for each request.
+
+    Args:
+        costs: by sampler role (`sampler_greedy`, `sampler`, `sampler_filtered`), as profiled on this device.
+        block_size: γ.
+        scheduler: chooses verify lengths.
+        parking: None never parks.
+        calibration: the drafter's; its acceptance is what the first request starts from.
+    """
+
+    def __init__(
+        self,
+        costs: Mapping[str, Costs],
+        block_size: int,
+        scheduler: Scheduler | None = None,
+        parking: ParkingOptions | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
+        self._kinds: dict[str, _Kind] = {}
+        for role, profiled in costs.items():
+            corrected = CorrectedCosts(profiled)
+            temperature = 0.0 if role == "sampler_greedy" else 1.0
+            controller = Controller(
+                scheduler or LookAhead(),
+                Serial(corrected),
+                block_size,
+                parking or ParkingOptions(),
+                mean_conditionals(calibration, temperature),
+                corrected.target_doubt,
+            )
+            self._kinds[role] = _Kind(controller, corrected)
+
+    @classmethod
+    def of_device(cls, bundle: Bundle, device: Device, *, needed: bool) -> StreamScheduling | None:
+        """By the bundle's profile of a device and its calibration; None where there is no valid profile.
+
+        Raises:
+            BundleError: profile or calibration are damaged.
+            InvalidInputError: there is no valid profile and it is needed.
+        """
+        costs = profiled_costs(bundle, device, needed=needed)
+        if costs is None:
+            return None
+        return cls(costs, bundle.manifest.drafter.block_size, calibration=Calibration.load(bundle))
+
+    def policy(self, params: SamplingParams) -> ScheduledPolicy:
+        """For one request."""
+        kind = self._kinds[params.sampler_role]
+        return ScheduledPolicy(kind.controller, kind.costs, params.greedy)
+
+
+class ScheduledPolicy:
+    """The policy of one request; see `round.Policy`.
+
+    Lossless at any temperature: see `scheduling/schedulers.py`. What is learned of a round serves later ones only.
+    """
+
+    def __init__(self, controller: Controller, costs: CorrectedCosts, greedy: bool) -> None:
+        self._controller, self._costs, self._greedy = controller, costs, greedy
+        self._states = (controller.join(),)
+        self._plan: Plan | None = None
+
+    def wants_draft(self, context: int) -> bool:
+        return self._controller.drafting(self._states, (context,))[0]
+
+    def verify_length(self, draft: Draft, room: int, context: int) -> int:
+        offer = Offer(min(len(draft.token_ids), room), draft.confidences, context, self._greedy)
+        self._plan = self._controller.plan(self._states, (offer,))
+        return self._plan.lengths[0]
+
+    def predicted_s(self) -> Prediction | None:
+        plan = self._plan
+        return None if plan is None else Prediction(plan.draft_s, plan.verify_s, plan.plain_s)
+
+    def learn(self, record: Round) -> None:
+        if self._plan is None:
+            return
+        if record.drafted:
+            self._costs.observe_draft(1, record.position, record.draft_s)
+        self._costs.observe_verification(1, 1 + record.verify_length, record.position, record.verify_s)
+        self._controller.record(self._states, self._plan, (record.accepted_length - 1,))

@@ -1,0 +1,240 @@
+"""Scheduling as a round uses it: who drafts, how much is verified, what is learned.
+
+    controller = Controller(LookAhead(), Dense(costs), block_size)      # one an engine
+    state = controller.join()                                           # one a sequence
+
+    drafting = controller.drafting(states, contexts)                    # before drafting: who does
+    plan = controller.plan(states, offers)                              # lengths for verification
+    controller.record(states, plan, accepted)                           # what came of it
+
+Holds all that is remembered from round to round; each decision is a pure function of it (`schedulers.py`,
+`parking.py`). No array, no token and no clock comes in here: observed times go into `CorrectedCosts`.
+
+Lossless at temperature > 0, since the state is of earlier rounds only and the scheduler states its own reason. Earlier
+rounds of *all* sequences: what is drawn now is independent of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dspark_edge.runtime.scheduling.history import History, unknown_acceptance
+from dspark_edge.runtime.scheduling.ladder import Proposal
+from dspark_edge.runtime.scheduling.parking import (
+    NOTHING_KNOWN,
+    Evidence,
+    Parking,
+    ParkingOptions,
+    forecast_evidence,
+    start,
+)
+from dspark_edge.runtime.scheduling.pricing import Pricing
+from dspark_edge.runtime.scheduling.schedulers import Scheduler
+
+__all__ = ["Controller", "Offer", "Plan", "SequenceState"]
+
+# What a round has brought is mostly what its confidences promised, which varies less than what became of it. Some of
+# the outcome is counted, so that a drafter that promises too much parks before the trust in it has fallen.
+_OUTCOME_SHARE = 0.25
+# What the engine knows of whether drafting pays: the last fifty or so drafted rounds of its sequences.
+_ENGINE_MEMORY = 0.98
+# A drift of the costs by this (logarithm) since plain decoding was last timed calls for a plain round ...
+_DOUBT = 0.25
+# ... but not for many: it may be that nothing is timed at that size.
+_ROUNDS_BETWEEN_CHECKS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a sequence brings to a round."""
+
+    drafted: int  # tokens of its draft that could be verified: at most the draft and the room behind the anchor
+    confidences: tuple[float, ...] | None  # calibrated and conditional, at least `drafted`; None: the drafter has none
+    context: int  # cached tokens
+    greedy: bool  # temperature 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A group's decision for one round."""
+
+    lengths: tuple[int, ...]  # verify length of each request
+    offers: tuple[Offer, ...]
+    proposals: tuple[Proposal, ...]
+    draft_s: float  # predicted, of the drafter
+    verify_s: float  # predicted, of target and acceptance
+    plain_s: float  # predicted, had nothing been verified
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """What is remembered of one sequence."""
+
+    history: History
+    parking: Parking
+
+
+class Controller:
+    """Scheduling and parking of one engine. Not for several threads at once.
+
+    Args:
+        scheduler: chooses verify lengths.
+        pricing: how the engine verifies a group, and the costs.
+        block_size: γ.
+        options: of parking; None: never park (a scheduler of fixed lengths is to be measured as it is).
+        conditionals: [γ] mean conditional acceptance by position, of a calibration; None: nothing is known.
+        target_doubt: `CorrectedCosts.target_doubt`, where the costs are corrected.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        pricing: Pricing,
+        block_size: int,
+        options: ParkingOptions | None = None,
+        conditionals: Sequence[float] | None = None,
+        target_doubt: Callable[[int, int, int], float] | None = None,
+    ) -> None:
+        self._scheduler, self._pricing, self._options = scheduler, pricing, options
+        self._block_size = block_size
+        self._acceptance = unknown_acceptance(block_size, conditionals)
+        self._evidence = NOTHING_KNOWN
+        if conditionals is not None:
+            prices = [pricing.verify_s([length], [0]) for length in range(block_size + 1)]
+            self._evidence = forecast_evidence(conditionals, prices, pricing.costs.draft_s(1, 0))
+        self._target_doubt = target_doubt
+        self._rounds_since_check = _ROUNDS_BETWEEN_CHECKS
+
+    @property
+    def gain(self) -> float:
+        """Tokens a second by those of plain decoding, over recent drafted rounds of all sequences."""
+        return self._evidence.gain
+
+    def join(self) -> SequenceState:
+        """The state of a new sequence."""
+        parking = Parking(self._evidence, 1) if self._options is None else start(self._evidence, self._options)
+        return SequenceState(History(self._block_size, self._acceptance), parking)
+
+    def drafting(self, states: Sequence[SequenceState], contexts: Sequence[int]) -> tuple[bool, ...]:
+        """Which sequences are to be drafted for in this round.
+
+        Where one drafts, a parked one joins if its wait is nearly over, or if its first token is expected to be worth
+        one more sequence in the drafter's call: together they may pay for what none pays for alone. And nobody drafts
+        in a round that is to find out what plain decoding costs by now.
+        """
+        if self._options is not None and self._plain_is_doubtful(contexts):
+            return (False,) * len(states)
+        willing = sum(not state.parking.parked for state in states)
+        if willing in (0, len(states)):
+            return (willing > 0,) * len(states)
+        costs, context = self._pricing.costs, max(contexts)
+        plain_s = self._pricing.verify_s((0,) * len(states), contexts)
+        more = (costs.draft_s(willing + 1, context) - costs.draft_s(willing, context)) * len(states) / plain_s
+        return tuple(
+            state.parking.remaining * 4 <= state.parking.wait or state.history.expected[0] > 2 * more
+            for state in states
+        )
+
+    def plan(self, states: Sequence[SequenceState], offers: Sequence[Offer]) -> Plan:
+        """Verify lengths for the group, at most what each offers."""
+        proposals = tuple(
+            Proposal(
+                state.history.live(offer.confidences, offer.drafted),
+                state.history.expected[: offer.drafted],
+                state.history.lagged(offer.drafted),
+                offer.context,
+                offer.greedy,
+            )
+            for state, offer in zip(states, offers, strict=True)
+        )
+        contexts = [offer.context for offer in offers]
+        nothing = (0,) * len(offers)
+        lengths = nothing
+        drafted = sum(offer.drafted > 0 for offer in offers)
+        if drafted:
+            lengths = self._scheduler.lengths(proposals, self._pricing, self._pace(states))
+        if self._options is not None:
+            lengths = tuple(map(_probed, lengths, states, offers))
+        plain_s = self._pricing.verify_s(nothing, contexts)
+        return Plan(
+            lengths=lengths,
+            offers=tuple(offers),
+            proposals=proposals,
+            draft_s=self._pricing.costs.draft_s(drafted, max(contexts)) if drafted else 0.0,
+            verify_s=self._pricing.verify_s(lengths, contexts) if any(lengths) else plain_s,
+            plain_s=plain_s,
+        )
+
+    def record(self, states: Sequence[SequenceState], plan: Plan, accepted: Sequence[int]) -> None:
+        """Learn from a round.
+
+        Args:
+            states: of the group's requests, as given to `plan`.
+            plan: the round's.
+            accepted: draft tokens of each request that were accepted.
+        """
+        self._rounds_since_check += 1
+        for state, offer, round_, proposal, length, count in zip(
+            states, plan.offers, round_evidence(plan, accepted), plan.proposals, plan.lengths, accepted, strict=True
+        ):
+            if offer.drafted:
+                confidences = offer.confidences and offer.confidences[: offer.drafted]
+                self._acceptance.observe(confidences, length, count)
+                state.history.observe(proposal.survivals, confidences, length, count)
+                self._evidence = self._evidence.add(round_, _ENGINE_MEMORY)
+                if self._options is not None:
+                    state.parking = state.parking.after_drafted_round(round_, self._options)
+                else:
+                    state.parking = Parking(state.parking.evidence.add(round_, ParkingOptions().memory), 1)
+            elif self._options is not None and state.parking.parked:
+                state.parking = state.parking.after_parked_round(self._options)
+
+    def _pace(self, states: Sequence[SequenceState]) -> float:
+        """Speed-up over plain decoding of recent rounds: the mean over the group, where a parked one has 1."""
+        return sum(1.0 if state.parking.parked else max(state.parking.evidence.gain, 1.0) for state in states) / len(
+            states
+        )
+
+    def _plain_is_doubtful(self, contexts: Sequence[int]) -> bool:
+        if self._target_doubt is None or self._rounds_since_check < _ROUNDS_BETWEEN_CHECKS:
+            return False
+        if self._target_doubt(*self._pricing.plain_call(contexts)) < _DOUBT:
+            return False
+        self._rounds_since_check = 0
+        return True
+
+
+def _probed(length: int, state: SequenceState, offer: Offer) -> int:
+    """A drafter without confidences is judged by outcomes alone, so its probes verify one token at least."""
+    if length == 0 and offer.drafted and offer.confidences is None and state.parking.probing:
+        return 1
+    return length
+
+
+def round_evidence(plan: Plan, accepted: Sequence[int]) -> tuple[Evidence, ...]:
+    """Whether drafting paid, request by request; (1, 1) where nothing was drafted.
+
+    The time beyond a plain step is divided among those who drafted: drafting in equal parts, verification in
+    proportion to what each is expected to get of it, since a hopeless request does not make a call wider. Summed over
+    the group, the plain tokens are those that plain decoding makes in the round's time.
+
+    Args:
+        plan: the round's.
+        accepted: draft tokens of each request that were accepted; all that counts where a drafter has no confidences.
+    """
+    claims = [sum(one.survivals[:length]) for one, length in zip(plan.proposals, plan.lengths, strict=True)]
+    gains = [
+        float(count) if offer.confidences is None else claim + _OUTCOME_SHARE * (count - claim)
+        for offer, claim, count in zip(plan.offers, claims, accepted, strict=True)
+    ]
+    drafted, claimed = sum(offer.drafted > 0 for offer in plan.offers), sum(claims)
+    by_second = len(plan.offers) / plan.plain_s  # tokens of plain decoding
+    draft = plan.draft_s * by_second / drafted if drafted else 0.0
+    wider = (plan.verify_s - plan.plain_s) * by_second
+    return tuple(
+        Evidence(1 + gain, 1 + draft + (wider * claim / claimed if claimed else 0.0))
+        if offer.drafted
+        else Evidence(1.0, 1.0)
+        for offer, gain, claim in zip(plan.offers, gains, claims, strict=True)
+    )

@@ -1,0 +1,40 @@
+"""A round's candidates, and the order in which verification may be extended to them.
+
+A `Proposal` is what is known of one request's draft: how likely it is that its first k tokens are all accepted, by its
+own confidences and by what earlier rounds let expect. A `Ladder` lines the draft tokens of one or more requests up:
+rung k adds some of them to what is verified, and has a price. A schedule is then one number a ladder, the rung to
+stop at; which tokens a rung adds, and what it costs, follows from what the engine charges (`pricing.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Ladder", "Proposal"]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """One request in a round. All rows have as many positions as can be verified; none where nothing was drafted."""
+
+    survivals: tuple[float, ...]  # [n] chance that drafts 1 … k are all accepted, by live confidences; never rises
+    expected: tuple[float, ...]  # [n] the same as forecast from earlier rounds only
+    lagged: tuple[float, ...]  # [n] the live survivals of two rounds ago; the forecast where there were none
+    context: int  # cached tokens
+    greedy: bool  # temperature 0: the draft is a function of the text, nothing in it is drawn
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Draft tokens in the order of their admission. Rung 0 verifies none."""
+
+    extends: tuple[tuple[int, ...], ...]  # [n] the requests, by index in the group, that rung k gives one more token
+    gains: tuple[float, ...]  # [n] tokens that rung k is expected to commit, by live confidences
+    expected: tuple[float, ...]  # [n] the same by the forecasts
+    seconds: tuple[float, ...]  # [n + 1] of verification that ends at rung 0 … n
+
+    def add_lengths(self, rung: int, lengths: list[int]) -> None:
+        """Add the verify lengths of stopping at `rung` to `lengths`, one for each request of the group."""
+        for requests in self.extends[:rung]:
+            for request in requests:
+                lengths[request] += 1

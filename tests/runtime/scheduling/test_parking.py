@@ -1,0 +1,208 @@
+"""Parking: the state machine by hand, and what hopeless and hopeful prompts cost in simulation."""
+
+from __future__ import annotations
+
+import pytest
+
+from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.runtime.scheduling import Controller, Dense, LookAhead, Offer, Packed, Parking, ParkingOptions, Serial
+from dspark_edge.runtime.scheduling.controller import round_evidence
+from dspark_edge.runtime.scheduling.parking import NOTHING_KNOWN, Evidence, forecast_evidence, start
+
+from .simulation import CONTEXT, Device, Log, make_world, run, table
+
+OPTIONS = ParkingOptions()
+BAD, GOOD = Evidence(1.0, 1.35), Evidence(3.0, 1.5)
+
+
+def drafted_rounds(state: Parking, round_: Evidence, rounds: int) -> list[int]:
+    """In which of the next rounds the sequence drafts, if each draft turns out so."""
+    drafted = []
+    for index in range(rounds):
+        if state.parked:
+            state = state.after_parked_round(OPTIONS)
+        else:
+            drafted.append(index)
+            state = state.after_drafted_round(round_, OPTIONS)
+    return drafted
+
+
+def test_probes_back_off() -> None:
+    assert drafted_rounds(start(NOTHING_KNOWN, OPTIONS), BAD, 300) == [0, 3, 8, 17, 34, 67, 132, 197, 262]
+
+
+def test_what_pays_is_never_parked() -> None:
+    assert drafted_rounds(start(NOTHING_KNOWN, OPTIONS), GOOD, 20) == list(range(20))
+
+
+def test_a_sequence_starts_parked_where_the_engine_does_not_pay() -> None:
+    assert drafted_rounds(start(Evidence(10.0, 13.0), OPTIONS), BAD, 128) == [8, 25, 58, 123]
+    assert drafted_rounds(start(Evidence(20.0, 13.0), OPTIONS), GOOD, 3) == [0, 1, 2]
+
+
+def test_a_lasting_change_resets_the_wait_and_a_lucky_probe_does_not() -> None:
+    state = Parking(NOTHING_KNOWN, 64, 0, True)
+    state = state.after_drafted_round(GOOD, OPTIONS)
+    assert (state.parked, state.wait) == (False, 32)
+    for _ in range(6):
+        state = state.after_drafted_round(GOOD, OPTIONS)
+    assert state.wait == OPTIONS.first_wait
+
+
+def test_drafting_loses_what_it_won_and_no_more() -> None:
+    state = start(NOTHING_KNOWN, OPTIONS)
+    for _ in range(10):
+        state = state.after_drafted_round(GOOD, OPTIONS)
+    assert state.bank == OPTIONS.most_bank
+    lost = 0
+    while not state.parked:
+        state = state.after_drafted_round(BAD, OPTIONS)
+        lost += 1
+    assert lost == 8  # 3 by 0.377
+    assert state.bank == 0
+
+
+def test_a_few_good_rounds_pay_for_many() -> None:
+    """One of four wins 1.5, three lose 0.35: the gain is 1.09, though most rounds do not pay."""
+    rounds = [Evidence(3.0, 1.5), BAD, BAD, BAD] * 10
+    state, parked = start(NOTHING_KNOWN, OPTIONS), 0
+    for round_ in rounds:
+        parked += state.parked
+        state = state.after_parked_round(OPTIONS) if state.parked else state.after_drafted_round(round_, OPTIONS)
+    assert parked == 0
+
+
+def test_a_probe_decides_by_itself() -> None:
+    state = Parking(Evidence(10.0, 13.5), 64, 32, True)
+    while state.parked:
+        state = state.after_parked_round(OPTIONS)
+    assert not state.after_drafted_round(Evidence(1.8, 1.5), OPTIONS).parked
+    assert state.after_drafted_round(Evidence(1.5, 1.5), OPTIONS).remaining == 64
+
+
+def test_forecasts_take_the_best_fixed_length() -> None:
+    found = forecast_evidence((0.5, 0.5), (10.0, 12.0, 30.0), 3.0)
+    assert (found.tokens, found.plain_tokens) == pytest.approx((1.5, 1.5))
+    assert forecast_evidence((0.1,), (10.0, 12.0), 3.0).gain == pytest.approx(1 / 1.3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"margin": -0.1}, {"memory": 1.0}, {"stake": 0.0}, {"first_wait": 0}, {"start_wait": 100}, {"longest_wait": 4}],
+)
+def test_options_out_of_range_are_errors(wrong: dict[str, float]) -> None:
+    with pytest.raises(InvalidInputError, match="expected"):
+        ParkingOptions(**wrong)  # type: ignore[arg-type]
+
+
+def make_controller(device: Device, conditionals: list[float] | None = None) -> Controller:
+    return Controller(LookAhead(), Dense(device), 7, OPTIONS, conditionals)
+
+
+def cost_by_plain(log: Log, device: Device) -> float:
+    return (device.target_s(1, 1, CONTEXT) + device.sampler_s(1, 1)) / (1 / log.rate())
+
+
+HOPELESS = make_world(3, [0.05] * 7, rounds=140)
+TABLES = {
+    "steep": [6.4, 7.9, 9.4, 10.6, 12.1, 13.6, 15.9, 18.1],
+    "fp32": [19.7, 23.5, 25.0, 24.5, 25.6, 26.7, 29.2, 31.7],
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_hopeless_answer_costs_two_percent_at_most(name: str) -> None:
+    """128 tokens, a draft for 0.35 plain steps: the first request, nothing known, and later ones."""
+    device = Device(table(TABLES[name]), draft=0.35 * TABLES[name][0])
+    controller = make_controller(device)
+    costs = []
+    for _ in range(3):
+        log = run(controller, HOPELESS, device, tokens=128)
+        costs.append(1 / cost_by_plain(log, device))
+    assert costs[0] <= 1.02
+    assert max(costs[1:]) < costs[0]  # they start parked
+    assert controller.gain < 1
+
+
+def test_a_hopeless_request_behind_good_ones_is_parked_by_its_own_rounds() -> None:
+    device = Device(table(TABLES["fp32"]), draft=0.35 * TABLES["fp32"][0])
+    controller = make_controller(device)
+    run(controller, make_world(1, [0.8] * 7, rounds=60), device)
+    assert controller.gain > 1.2
+    assert 1 / cost_by_plain(run(controller, HOPELESS, device, tokens=128), device) <= 1.03
+
+
+def test_a_calibration_without_hope_parks_the_first_request() -> None:
+    device = Device(table(TABLES["steep"]), draft=0.35 * 6.4)
+    log = run(make_controller(device, [0.1] * 7), HOPELESS, device, tokens=8)
+    assert not any(log.drafted)
+
+
+def test_a_prompt_that_turns_good_is_noticed_within_the_back_off() -> None:
+    device = Device(table(TABLES["fp32"]), draft=4.0)
+    world = make_world(5, [0.8] * 7, rounds=200)
+    turn = 80
+    world.truth[:turn], world.confidences[:turn] = 0.03, 0.03
+    log = run(make_controller(device), world, device)
+    first = next(round_ for round_ in range(turn, 200) if log.drafted[round_])
+    assert first - turn <= OPTIONS.longest_wait
+    assert sum(log.drafted[first : first + 40]) >= 35
+
+
+def test_a_drafter_without_confidences_is_probed_by_outcomes() -> None:
+    """Prompt lookup: a draft costs nothing, a probe verifies one token."""
+    device = Device(table(TABLES["steep"]), draft=0.01)
+    hopeless = run(make_controller(device), HOPELESS, device, tokens=128, informed=False)
+    assert all(length for length, drafted in zip(hopeless.lengths, hopeless.drafted, strict=True) if drafted)
+    assert 1 / cost_by_plain(hopeless, device) < 1.05
+    world = make_world(5, [0.9] * 7, rounds=60, spread=0.1)
+    good = run(make_controller(device), world, device, informed=False)
+    assert cost_by_plain(good, device) > 1.5
+
+
+@pytest.mark.parametrize("kind", [Dense, Serial, Packed])
+def test_the_time_of_a_round_is_divided_completely(kind: type[Dense] | type[Serial] | type[Packed]) -> None:
+    device = Device(table([10.0, 11.0]), draft=3.0)
+    controller = Controller(LookAhead(), kind(device), 3, OPTIONS)
+    states = [controller.join() for _ in range(3)]
+    offers = [
+        Offer(3, (0.9, 0.9, 0.9), CONTEXT, False),
+        Offer(3, (0.1, 0.1, 0.1), CONTEXT, True),
+        Offer(0, None, CONTEXT, False),
+    ]
+    plan = controller.plan(states, offers)
+    evidence = round_evidence(plan, plan.lengths)
+    assert plan.lengths[0] > 0
+    seconds = plan.draft_s + plan.verify_s
+    assert sum(one.plain_tokens for one in evidence) == pytest.approx(3 * seconds / plan.plain_s)
+    assert evidence[2] == Evidence(1.0, 1.0)
+    assert evidence[0].plain_tokens > evidence[1].plain_tokens  # the hopeless one does not make it wider
+
+
+def test_sequences_whose_wait_is_nearly_over_probe_with_the_one_that_drafts() -> None:
+    controller = make_controller(Device(table([10.0, 11.0]), draft=3.0), [0.05] * 7)
+    states = [controller.join() for _ in range(4)]
+    states[0].parking = states[3].parking = Parking(NOTHING_KNOWN, 2)
+    states[1].parking = Parking(NOTHING_KNOWN, 64, 30, True)
+    states[2].parking = Parking(NOTHING_KNOWN, 64, 16, True)
+    assert controller.drafting(states, [CONTEXT] * 4) == (True, False, True, True)
+    assert controller.drafting(states[1:3], [CONTEXT] * 2) == (False, False)  # both parked: nobody drafts
+
+
+def test_a_hopeful_sequence_joins_where_others_draft() -> None:
+    controller = make_controller(Device(table([10.0, 11.0]), draft=3.0), [0.5] * 7)
+    states = [controller.join() for _ in range(2)]
+    states[1].parking = Parking(NOTHING_KNOWN, 64, 60, True)
+    assert controller.drafting(states, [CONTEXT] * 2) == (True, True)
+    assert controller.drafting(states[1:], [CONTEXT]) == (False,)
+
+
+def test_a_plain_round_finds_out_what_plain_decoding_costs_by_now() -> None:
+    doubt = 0.0
+    device = Device(table([10.0, 11.0]), draft=3.0)
+    controller = Controller(LookAhead(), Dense(device), 7, OPTIONS, target_doubt=lambda *call: doubt)
+    states = [controller.join()]
+    assert controller.drafting(states, [CONTEXT]) == (True,)
+    doubt = 0.5
+    assert controller.drafting(states, [CONTEXT]) == (False,)
+    assert controller.drafting(states, [CONTEXT]) == (True,)  # one, even if nothing came of it
