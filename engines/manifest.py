@@ -13,17 +13,31 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from dspark_edge.engines.errors import BundleError
-from dspark_edge.engines.records import Count, Flag, Positive, Record, at_least, matching, non_empty, one_of
+from dspark_edge.engines.records import (
+    Count,
+    Flag,
+    Positive,
+    Record,
+    at_least,
+    matching,
+    non_empty,
+    one_number_of,
+    one_of,
+)
 
 __all__ = [
+    "ACCURACY_LEVELS",
     "DTYPES",
     "LOWERINGS",
     "MANIFEST_NAME",
     "MARKOV_HEADS",
     "PRECISIONS",
+    "QUANTIZED_PRECISIONS",
     "REQUIRED_ROLES",
     "ROLES",
     "SCHEMA_VERSION",
+    "VOCABULARY_BITS",
+    "WEIGHT_BLOCK_SIZES",
     "DrafterFacts",
     "DrafterKind",
     "FileRecord",
@@ -33,6 +47,7 @@ __all__ = [
     "Manifest",
     "Precision",
     "Provenance",
+    "Quantization",
     "TargetFacts",
     "TensorSpec",
     "check_path",
@@ -48,6 +63,10 @@ DrafterKind = Literal["dspark", "ngram"]
 
 LOWERINGS: tuple[Lowering, ...] = get_args(Lowering)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+QUANTIZED_PRECISIONS: tuple[Precision, ...] = ("int8", "int4")
+VOCABULARY_BITS = (4, 8)
+WEIGHT_BLOCK_SIZES = (16, 32, 64, 128, 256)
+ACCURACY_LEVELS = (1, 4)  # of MatMulNBits: activations are multiplied as float32, or rounded to int8
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
 MARKOV_HEADS = ("vanilla", "gated", "rnn", "none")
 ROLES = ("target", "drafter", "sampler", "sampler_greedy", "sampler_filtered")
@@ -199,6 +218,15 @@ class Limits(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Quantization(Record):
+    """How the weights of an int8 or int4 bundle are stored, and multiplied with."""
+
+    block_size: Annotated[int, one_number_of(WEIGHT_BLOCK_SIZES)]  # weights that share a scale and a zero point
+    accuracy_level: Annotated[int, one_number_of(ACCURACY_LEVELS)]
+    vocabulary_bits: Annotated[int, one_number_of(VOCABULARY_BITS)]  # of the embedding and the head
+
+
+@dataclass(frozen=True, slots=True)
 class FileRecord(Record):
     """One file of the bundle as it was exported."""
 
@@ -235,6 +263,7 @@ class Manifest(Record):
     graphs: Mapping[str, GraphSpec]  # role, one of ROLES → graph
     files: tuple[FileRecord, ...]
     provenance: Provenance
+    quantization: Quantization | None = None  # of the precisions int8 and int4
 
     @classmethod
     def from_text(cls, text: str | bytes, where: str = "manifest") -> Manifest:
@@ -270,6 +299,10 @@ class Manifest(Record):
             raise BundleError(f"{where}.opsets is empty; expected at least ONNX's own domain, ''")
         if len({record.path for record in self.files}) < len(self.files):
             raise BundleError(f"{where}.files records a path twice")
+        if self.quantization is not None and self.precision not in QUANTIZED_PRECISIONS:
+            raise BundleError(
+                f"{where}.quantization is given, but the precision is {self.precision!r}, not int8 or int4"
+            )
         drafted, vocab_size = self.drafter.draft_vocab_size, self.target.vocab_size
         if drafted is not None and drafted > vocab_size:
             raise BundleError(f"{where}.drafter.draft_vocab_size exceeds vocab_size, {vocab_size}")

@@ -9,11 +9,12 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from types import UnionType
 from typing import Annotated, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from dspark_edge.engines.errors import BundleError
 
-__all__ = ["Count", "Flag", "Positive", "Record", "at_least", "matching", "non_empty", "one_of"]
+__all__ = ["Count", "Flag", "Positive", "Record", "at_least", "matching", "non_empty", "one_number_of", "one_of"]
 
 R = TypeVar("R", bound="Record")
 
@@ -48,6 +49,17 @@ def one_of(allowed: Sequence[str]) -> Callable[[object, str], str]:
         if not isinstance(value, str) or value not in allowed:
             choices = " or ".join(json.dumps(choice) for choice in allowed)
             raise BundleError(f"{where} is {_shown(value)}; expected {choices}")
+        return value
+
+    return read
+
+
+def one_number_of(allowed: Sequence[int]) -> Callable[[object, str], int]:
+    """Reads one of some integers."""
+
+    def read(value: object, where: str) -> int:
+        if type(value) is not int or value not in allowed:
+            raise BundleError(f"{where} is {_shown(value)}; expected {' or '.join(map(str, allowed))}")
         return value
 
     return read
@@ -119,7 +131,7 @@ def _read(hint: object, value: object, where: str) -> object:
         return args[1](value, where)
     if origin is Literal:
         return one_of(args)(value, where)
-    if origin is Union:  # only ever ``X | None``
+    if origin in (Union, UnionType):  # only ever ``X | None``
         return None if value is None else _read(args[0], value, where)
     if origin is tuple:
         if not isinstance(value, list):

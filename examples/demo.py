@@ -1,6 +1,8 @@
 """Answer a prompt from a bundle, then compare plain and speculative decoding on a few more.
 
-python examples/demo.py BUNDLE ["A prompt"] [--verify-length N]
+python examples/demo.py BUNDLE ["A prompt"] [--mode static]
+
+Without --mode decoding is scheduled where `dspark-edge profile BUNDLE` has measured the device, and static elsewhere.
 """
 
 from __future__ import annotations
@@ -57,16 +59,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
     parser.add_argument("prompt", nargs="?", default=PROMPT)
-    parser.add_argument("--verify-length", type=int, help="draft tokens verified a round (default: the whole block)")
+    parser.add_argument("--mode", choices=("static", "scheduled"), help="of speculative decoding")
     given = parser.parse_args()
     with (
         Generator.open(given.bundle, mode="plain") as plain,
-        Generator.open(given.bundle, mode="static", verify_length=given.verify_length) as speculative,
+        Generator.open(given.bundle, mode=given.mode) as speculative,
     ):
         print(f"> {given.prompt}\n")
         answer(speculative, given.prompt, show=True)
-        print(f"\n\nspeculative decoding, drafter: {speculative.bundle.manifest.drafter.kind}")
-        print("prompts   plain tokens/s   speculative   ratio   accepted length   same tokens")
+        mode = speculative.options.mode
+        print(f"\n\n{mode} decoding, drafter: {speculative.bundle.manifest.drafter.kind}")
+        print(f"prompts   plain tokens/s   {mode:>11}   ratio   accepted length   same tokens")
         everything: list[tuple[Generation, Generation]] = []
         for kind, prompts in COMPARED.items():
             pairs = []

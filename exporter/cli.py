@@ -17,6 +17,8 @@ from dspark_edge.engines.bundle import Bundle
 from dspark_edge.exporter.export import PRECISIONS, ExportOptions, export_bundle
 from dspark_edge.exporter.lowerings import LOWERINGS
 from dspark_edge.exporter.parity import compare_bundle, render
+from dspark_edge.exporter.parity_report import render_text
+from dspark_edge.exporter.text_parity import compare_on_text, tokenize_file
 
 __all__ = ["export", "parity"]
 
@@ -60,6 +62,15 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 )
 @click.option("--candidate-pool", type=int, help="Tokens of a position that the Markov bias may lift.  [default: all]")
 @click.option("--ngram-block-size", type=int, default=7, show_default=True, help="Most tokens that 'ngram' drafts.")
+@click.option(
+    "--weight-block-size", type=int, help="int8, int4: weights that share a scale.  [default: 32, or what fits]"
+)
+@click.option(
+    "--accuracy-level",
+    type=int,
+    help="int8, int4: 4 rounds activations to int8, 1 keeps them in fp32.  [default: 4]",
+)
+@click.option("--vocabulary-bits", type=int, help="int4: bits of embedding and head, 4 or 8.  [default: 8]")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A folder or tokenizer.json to use instead.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 def export(target: str, drafter: str, output: Path, tokenizer: Path | None, overwrite: bool, **options: Any) -> None:
@@ -75,14 +86,22 @@ def export(target: str, drafter: str, output: Path, tokenizer: Path | None, over
 @click.argument("bundle", type=click.Path(path_type=Path))
 @_target_option
 @_drafter_option
+@click.option("--text", type=click.Path(path_type=Path), help="A text file: compare perplexities on it, too.")
+@click.option("--text-tokens", type=int, default=4096, show_default=True, help="Most tokens of it that are read.")
 @click.option("--json", "as_json", is_flag=True, help="The table as JSON.")
-def parity(bundle: Path, target: str, drafter: str, as_json: bool) -> None:
+def parity(bundle: Path, target: str, drafter: str, text: Path | None, text_tokens: int, as_json: bool) -> None:
     """Compare BUNDLE with its checkpoints in torch; exit code 1 if an output is over its tolerance."""
+    opened = Bundle.open(bundle)
+    token_ids = None if text is None else tokenize_file(opened, text, text_tokens)
     with _progress() as report:
-        result = compare_bundle(Bundle.open(bundle), target, drafter, report=report)
+        result = compare_bundle(opened, target, drafter, report=report)
+        read = None if token_ids is None else compare_on_text(opened, target, drafter, token_ids, report=report)
     if as_json:
-        click.echo(json.dumps(result.to_json(), indent=2))
+        about_text = {} if read is None else {"text": read.to_json()}
+        click.echo(json.dumps({**result.to_json(), **about_text}, indent=2))
     else:
         render(result, Console())
-    if not result.passed:
+        if read is not None:
+            render_text(read, Console())
+    if not result.passed or (read is not None and not read.passed):
         sys.exit(1)

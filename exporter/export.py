@@ -23,6 +23,7 @@ from dspark_edge.exporter.tracing import TORCH_DTYPES, graph_opsets
 
 __all__ = ["NGRAM", "PRECISIONS", "ExportOptions", "export_bundle"]
 
+_CALIBRATION = "calibration.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -81,6 +82,8 @@ def export_bundle(
 ) -> Bundle:
     """Export a target and its drafter to a bundle.
 
+    A `calibration.json` beside the drafter's weights goes along; `dspark-edge calibrate` replaces it.
+
     Args:
         target: a folder in Hugging Face layout, a GGUF file, or a Hugging Face name.
         drafter: a DeepSpec checkpoint's folder or name, or "ngram".
@@ -100,6 +103,7 @@ def export_bundle(
     with ExitStack() as stack:
         report("reading checkpoints", 0, 1)
         pair = open_pair(stack, target, drafter)
+        quantization = options.resolve_quantization(pair.target_config)
         facts = drafter_facts(pair, options)
         capacity = options.resolve_capacity(pair.target_config, facts.block_size)
         check_weights(pair, capacity, facts.candidates, TORCH_DTYPES[options.dtype])
@@ -107,6 +111,9 @@ def export_bundle(
             text_files = pair.target.text_files()
         else:
             text_files = {**_without_tokenizer(pair.target), **_read_tokenizer(tokenizer)}
+        text_files.pop(_CALIBRATION, None)
+        if pair.drafter is not None and _CALIBRATION in (beside := pair.drafter.text_files()):
+            text_files[_CALIBRATION] = beside[_CALIBRATION]
         described = target_facts(pair, text_files)
         report("reading checkpoints", 1, 1)
         writer = stack.enter_context(BundleWriter(Path(output), overwrite))  # refuses a taken output before the work
@@ -124,5 +131,6 @@ def export_bundle(
                 graphs={role: graph.spec(role) for role, graph in graphs.items()},
                 files=(),
                 provenance=provenance(target, drafter),
+                quantization=quantization,
             )
         )

@@ -16,6 +16,7 @@ from dspark_edge.exporter.checkpoint import Checkpoint
 from dspark_edge.exporter.configuration import read_eos_token_ids
 from dspark_edge.exporter.options import ExportOptions
 from dspark_edge.exporter.pair import Pair
+from dspark_edge.exporter.weights import WeightSource
 
 __all__ = ["drafter_facts", "provenance", "target_facts"]
 
@@ -31,8 +32,8 @@ def target_facts(pair: Pair, text_files: Mapping[str, bytes]) -> TargetFacts:
     names = {
         name
         for source in pair.target_sources(1).values()
-        if getattr(source, "origin", "") == "target"
-        for name in source.names  # type: ignore[union-attr]
+        if isinstance(source, WeightSource) and source.origin == "target"
+        for name in source.names
     }
     sizes = (torch.Size(pair.target.shape(name)).numel() for name in names)
     eos_token_ids = read_eos_token_ids(pair.target.config, generation)

@@ -15,7 +15,9 @@ from dspark_edge.exporter.lowerings import get_lowering
 from dspark_edge.exporter.modules.sampler import FilteredAcceptance, GreedyAcceptance, SamplingAcceptance
 from dspark_edge.exporter.options import ExportOptions
 from dspark_edge.exporter.pair import Pair
+from dspark_edge.exporter.quantization import weight_formats
 from dspark_edge.exporter.tracing import TORCH_DTYPES, GraphContract, trace
+from dspark_edge.exporter.weight_rewrites import quantize_graph
 from dspark_edge.exporter.weights import Source
 
 __all__ = ["Graph", "Report", "trace_graphs"]
@@ -43,6 +45,16 @@ class Graph:
         return GraphSpec(f"{role}.onnx", self.contract.flat_inputs, self.contract.outputs, dict(self.contract.aliases))
 
 
+def _quantized(graph: Graph, pair: Pair, options: ExportOptions) -> Graph:
+    """The graph with the weights that the options ask for."""
+    quantization = options.resolve_quantization(pair.target_config)
+    formats = weight_formats(options.precision, quantization)
+    if formats is None or quantization is None:
+        return graph
+    sources = quantize_graph(graph.model, graph.sources, formats, quantization.accuracy_level)
+    return Graph(graph.model, graph.contract, sources)
+
+
 def _trace_target(pair: Pair, options: ExportOptions, capacity: int) -> Graph:
     lowering = get_lowering(options.lowering)
     cache_size = "capacity" if lowering.dynamic_capacity else capacity
@@ -50,7 +62,7 @@ def _trace_target(pair: Pair, options: ExportOptions, capacity: int) -> Graph:
     opset = lowering.opset if pair.drafter is None else lowering.context_opset
     dtype = TORCH_DTYPES[options.dtype]
     model = trace(lambda: pair.build_target(capacity, dtype), contract, lowering, opset)
-    return Graph(model, contract, pair.target_sources(capacity))
+    return _quantized(Graph(model, contract, pair.target_sources(capacity)), pair, options)
 
 
 def _trace_drafter(pair: Pair, options: ExportOptions, capacity: int) -> Graph:
@@ -63,7 +75,7 @@ def _trace_drafter(pair: Pair, options: ExportOptions, capacity: int) -> Graph:
     contract = drafter_contract(pair.drafter_config, candidates, cache_size, options.dtype)
     dtype = TORCH_DTYPES[options.dtype]
     model = trace(lambda: pair.build_drafter(capacity, candidates, pool, dtype), contract, lowering)
-    return Graph(model, contract, pair.drafter_sources(capacity))
+    return _quantized(Graph(model, contract, pair.drafter_sources(capacity)), pair, options)
 
 
 @lru_cache(maxsize=12)

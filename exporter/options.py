@@ -6,13 +6,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.engines.manifest import (
+    ACCURACY_LEVELS,
+    QUANTIZED_PRECISIONS,
+    VOCABULARY_BITS,
+    WEIGHT_BLOCK_SIZES,
+    Quantization,
+)
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig
-from dspark_edge.exporter.lowerings import get_lowering
+from dspark_edge.exporter.lowerings import LOWERINGS, get_lowering
 
 __all__ = ["PRECISIONS", "ExportOptions"]
 
-PRECISIONS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""Precision → type of weights, activations and caches."""
+PRECISIONS: Mapping[str, str] = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "float32",
+    "int4": "float32",
+}
+"""Precision → type of activations and caches, and of all weights that are not quantised."""
+
+_BLOCK_SIZE = 32  # where it fits
+_VOCABULARY_BITS = 8  # rounding embedding and head to 4 costs more than it saves
+_ACCURACY_LEVEL = 4  # the kernels that a CPU is fast with
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +47,15 @@ class ExportOptions:
     candidates: int = 64  # K, the tokens of a step that drafting samples from
     candidate_pool: int | None = None  # tokens of a position that the Markov bias may lift; None: all
     ngram_block_size: int = 7
+    weight_block_size: int | None = None  # int8 and int4: weights that share a scale; None: 32, or what fits
+    accuracy_level: int | None = None  # int8 and int4: 4 rounds activations to int8, 1 keeps them; None: 4
+    vocabulary_bits: int | None = None  # int4: bits of embedding and head, 4 or 8; None: 8
 
     def __post_init__(self) -> None:
         lowering = get_lowering(self.lowering)
         if self.precision not in PRECISIONS:
             raise InvalidInputError(f"unknown precision {self.precision!r}; choose one of: {', '.join(PRECISIONS)}")
+        self._check_quantization()
         for name in ("capacity", "max_batch", "candidates", "candidate_pool", "ngram_block_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -48,6 +69,55 @@ class ExportOptions:
                 f"the {self.lowering!r} lowering runs one sequence at a time; "
                 f"for a max_batch of {self.max_batch} choose the lowering 'onnx' or 'decomposed'"
             )
+
+    def _check_quantization(self) -> None:
+        chosen = {
+            "weight_block_size": (self.weight_block_size, WEIGHT_BLOCK_SIZES),
+            "accuracy_level": (self.accuracy_level, ACCURACY_LEVELS),
+            "vocabulary_bits": (self.vocabulary_bits, VOCABULARY_BITS),
+        }
+        for name, (value, allowed) in chosen.items():
+            if value is None:
+                continue
+            if self.precision not in QUANTIZED_PRECISIONS:
+                raise InvalidInputError(
+                    f"{name} is given, but {self.precision} weights are not quantized; "
+                    f"choose the precision {' or '.join(QUANTIZED_PRECISIONS)}, or leave it out"
+                )
+            if value not in allowed:
+                raise InvalidInputError(f"{name} is {value}, expected one of: {', '.join(map(str, allowed))}")
+        if self.precision == "int8" and self.vocabulary_bits == 4:
+            raise InvalidInputError("vocabulary_bits is 4, but the other weights are int8; choose the precision int4")
+        if self.precision in QUANTIZED_PRECISIONS and not get_lowering(self.lowering).low_bit:
+            able = " or ".join(repr(name) for name in LOWERINGS if get_lowering(name).low_bit)
+            raise InvalidInputError(
+                f"the {self.lowering!r} lowering has standard operators of opset 18 only, and {self.precision} weights "
+                f"need ONNX Runtime's MatMulNBits; choose the lowering {able}, or the precision fp32 or fp16"
+            )
+
+    def resolve_quantization(self, target: DecoderConfig) -> Quantization | None:
+        """How the weights are quantised, as the manifest says it; None for float ones.
+
+        Raises:
+            InvalidInputError: rows of the embedding are not whole blocks of that size.
+        """
+        if self.precision not in QUANTIZED_PRECISIONS:
+            return None
+        # Embedding and head share their bytes only where a row is whole blocks. And of 4-bit blocks there must be an
+        # even number: older releases of ONNX Runtime (1.23) look for a row's zero points in the middle of a byte.
+        bits = self.vocabulary_bits or _VOCABULARY_BITS
+        unit = 2 if bits == 4 else 1
+        fitting = [size for size in WEIGHT_BLOCK_SIZES if target.hidden_size % (unit * size) == 0]
+        wanted = [_BLOCK_SIZE, *WEIGHT_BLOCK_SIZES] if self.weight_block_size is None else [self.weight_block_size]
+        chosen = next((size for size in wanted if size in fitting), None)
+        if chosen is None:
+            advice = f"choose one of: {', '.join(map(str, fitting))}" if fitting else "choose the precision fp32"
+            blocks = "an even number of whole blocks" if unit == 2 else "whole blocks"
+            raise InvalidInputError(
+                f"weight_block_size is {wanted[0]}, but rows of {target.hidden_size}, the hidden size, have to be "
+                f"{blocks} of {bits} bits; {advice}"
+            )
+        return Quantization(chosen, self.accuracy_level or _ACCURACY_LEVEL, bits)
 
     @property
     def dtype(self) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +17,24 @@ from torch import nn
 
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import Engine, HostArray
-from dspark_edge.engines.errors import InvalidInputError, MismatchError
+from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.engines.manifest import Manifest, TensorSpec
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.exporter.graph_runner import GraphRunner
 from dspark_edge.exporter.modules.sampler import FilteredAcceptance, GreedyAcceptance, SamplingAcceptance
 from dspark_edge.exporter.pair import Pair, open_pair
-from dspark_edge.exporter.parity_report import OutputErrors, ParityReport, ParityRow, render
-from dspark_edge.exporter.weights import Source, load_module
+from dspark_edge.exporter.parity_reference import DraftCase, Reference, check_fit, chunks, make_reference, run_target
+from dspark_edge.exporter.parity_report import (
+    LogitComparison,
+    LogitShift,
+    OutputErrors,
+    ParityReport,
+    ParityRow,
+    render,
+)
+from dspark_edge.exporter.quantization import weight_formats
 
-__all__ = ["TOLERANCES", "ParityReport", "ParityRow", "compare_bundle", "render"]
+__all__ = ["LEAST_AGREEMENT", "TOLERANCES", "ParityReport", "ParityRow", "compare_bundle", "render"]
 
 TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1.5e-1}
 """Precision → largest error, as a fraction of the output's largest magnitude where that is above 1.
@@ -37,7 +43,15 @@ fp32 leaves room for another order of summation only. The others are some forty 
 model of a few dozen layers keeps a tenth of that, a wrong graph is off by far more.
 """
 
-_WIDTHS = (13, 1, 4)
+_INT8_ACTIVATIONS = 1.5e-1
+"""The same where accuracy level 4 rounds activations to int8, block by block: as coarse as bfloat16 (2⁻⁸)."""
+
+LEAST_AGREEMENT: Mapping[str, float] = {"int8": 0.8, "int4": 0.5}
+"""Precision → least fraction of positions at which quantised weights choose as fp32 weights do.
+
+On random tokens, where many come close to each other: a model is far more certain of real text (`compare_on_text`).
+"""
+
 _DEFAULT_POSITIONS = 54  # three times the widths
 _SAMPLERS: Mapping[str, type[nn.Module]] = {
     "sampler_greedy": GreedyAcceptance,
@@ -49,26 +63,6 @@ _SAMPLER_AGREEMENT = 0.9
 
 EngineFactory = Callable[[Bundle], Engine]
 Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _DraftCase:
-    """One call of the drafter and what torch makes of it."""
-
-    length: int  # the anchor's position
-    temperature: float
-    noise: HostArray  # [1, γ, K]
-    expected: Mapping[str, HostArray]
-
-
-@dataclass(frozen=True, slots=True)
-class _Reference:
-    """What torch computes."""
-
-    token_ids: HostArray  # [1, P + 1] int64; the last is only ever an anchor
-    logits: HostArray  # [1, P, V]
-    caches: Mapping[str, HostArray]  # by the names of the target graph's inputs, [1, heads, P + γ, D]
-    drafts: tuple[_DraftCase, ...]
 
 
 def compare_bundle(
@@ -83,6 +77,9 @@ def compare_bundle(
     report: Report = lambda what, done, total: None,
 ) -> ParityReport:
     """Compare a bundle's graphs, run by an engine, with the torch modules of its checkpoints in fp32.
+
+    Where the bundle's weights are quantised, the modules get them as they were rounded, so that the graphs themselves
+    are judged; what the rounding changes is reported beside that.
 
     Args:
         bundle: the bundle, or its folder.
@@ -105,124 +102,57 @@ def compare_bundle(
     positions = min(_DEFAULT_POSITIONS, limit) if positions is None else positions
     if not 1 <= positions <= limit:
         raise InvalidInputError(f"positions is {positions}, expected 1 to {limit}, what the bundle's caches hold")
-    tolerance = TOLERANCES.get(manifest.precision, max(TOLERANCES.values())) if tolerance is None else tolerance
+    tolerance = _tolerance(manifest) if tolerance is None else tolerance
     with ExitStack() as stack:
         pair = open_pair(stack, target, drafter)
-        _check_fit(manifest, pair)
+        check_fit(manifest, pair)
         # The engine first: what it cannot run is known before the weights are read.
         engine = stack.enter_context((engine_factory or OnnxRuntimeEngine)(opened))
         report("torch", 0, 1)
-        reference = _reference(pair, manifest, positions, seed)
+        reference = make_reference(pair, manifest, positions, seed)
         report("torch", 1, 1)
         runner = GraphRunner(engine, positions + manifest.drafter.block_size)
-        rows = _compare_models(runner, reference, tolerance, report)
+        rows, logits = _compare_models(runner, reference, tolerance, report)
+        shift = _quantization_shift(pair, manifest, reference, logits)
         samplers = [role for role in _SAMPLERS if role in manifest.graphs]
         for number, role in enumerate(samplers):
             report("samplers", number, len(samplers))
             rows.append(_compare_sampler(runner, reference, role, seed))
         report("samplers", len(samplers), len(samplers))
-    return ParityReport(opened.path.name, manifest.lowering, manifest.precision, positions, tuple(rows))
+    return ParityReport(opened.path.name, manifest.lowering, manifest.precision, positions, tuple(rows), shift)
 
 
-def _check_fit(manifest: Manifest, pair: Pair) -> None:
-    """Raise `MismatchError` unless the bundle can have been made from these checkpoints."""
-    facts, config, drafter = manifest.target, pair.target_config, pair.drafter_config
-    kind = "ngram" if drafter is None else "dspark"
-    compared: list[tuple[str, object, object]] = [("kind of drafter", manifest.drafter.kind, kind)]
-    for name in ("vocab_size", "hidden_size", "num_layers", "num_key_value_heads", "head_dim"):
-        compared.append((f"target's {name}", getattr(facts, name), getattr(config, name)))
-    if drafter is not None:
-        for name in ("block_size", "tap_layers", "markov_rank", "markov_head", "confidence", "draft_vocab_size"):
-            compared.append((f"drafter's {name}", getattr(manifest.drafter, name), getattr(drafter, name)))
-        for name in ("num_layers", "num_key_value_heads", "head_dim"):
-            compared.append((f"drafter's {name}", getattr(manifest.drafter, name), getattr(drafter.backbone, name)))
-    for what, in_bundle, in_checkpoint in compared:
-        if in_bundle != in_checkpoint:
-            raise MismatchError(
-                f"bundle and checkpoints do not fit: the {what} is {in_bundle} in the bundle, {in_checkpoint} in the "
-                "checkpoints; give the target and the drafter that the bundle was exported from"
-            )
+def _tolerance(manifest: Manifest) -> float:
+    quantization = manifest.quantization
+    if quantization is None:
+        return TOLERANCES[manifest.precision]
+    return TOLERANCES["fp32"] if quantization.accuracy_level == 1 else _INT8_ACTIVATIONS
 
 
-def _chunks(positions: int) -> Iterator[tuple[int, int]]:
-    """Uneven pieces (begin, end) of a sequence."""
-    begin = 0
-    for width in cycle(_WIDTHS):
-        if begin >= positions:
-            return
-        yield begin, min(begin + width, positions)
-        begin += width
+def _quantization_shift(pair: Pair, manifest: Manifest, reference: Reference, logits: HostArray) -> LogitShift | None:
+    """What quantising changed about the bundle's logits; None where nothing is quantised."""
+    if weight_formats(manifest.precision, manifest.quantization) is None:
+        return None
+    comparison = LogitComparison()
+    token_ids = reference.token_ids[:, :-1]
+    slots = token_ids.shape[1] + manifest.drafter.block_size
+    expected, _ = run_target(pair, pair.target_sources(slots), manifest, token_ids)
+    comparison.add(logits[0], expected[0])
+    return comparison.result(LEAST_AGREEMENT[manifest.precision])
 
 
-def _loaded(build: Callable[[], nn.Module], sources: Mapping[str, Source]) -> nn.Module:
-    with torch.device("meta"):
-        module = build()
-    return load_module(module, sources)
-
-
-@torch.no_grad()
-def _reference(pair: Pair, manifest: Manifest, positions: int, seed: int) -> _Reference:
-    """What torch computes; the target's weights are let go before the drafter's are read."""
-    generator = np.random.default_rng(seed)
-    token_ids = generator.integers(0, pair.target_config.vocab_size, (1, positions + 1))
-    slots = positions + manifest.drafter.block_size
-    specs = {spec.name: spec for spec in manifest.graphs["target"].inputs}
-    shapes = {name: specs[name].shape for name in manifest.graphs["target"].aliases.values()}
-    caches = [torch.zeros(1, int(shape[1]), slots, int(shape[3])) for shape in shapes.values()]
-    count = 2 * pair.target_config.num_layers
-    target = _loaded(lambda: pair.build_target(slots, torch.float32), pair.target_sources(slots))
-    logits = []
-    for begin, end in _chunks(positions):
-        ids = torch.from_numpy(token_ids[:, begin:end])
-        rows = torch.arange(end - begin)[None]
-        part, own, context = target(ids, torch.tensor([begin]), rows, caches[:count], caches[count:])
-        caches = [*own, *context]
-        logits.append(part)
-    del target
-    drafts: tuple[_DraftCase, ...] = ()
-    if pair.drafter is not None:
-        drafts = _reference_drafts(pair, manifest, token_ids, caches[count:], generator)
-    by_name = {name: cache.numpy() for name, cache in zip(shapes, caches, strict=True)}
-    return _Reference(token_ids, torch.cat(logits, dim=1).numpy(), by_name, drafts)
-
-
-def _reference_drafts(
-    pair: Pair, manifest: Manifest, token_ids: HostArray, context: list[torch.Tensor], generator: np.random.Generator
-) -> tuple[_DraftCase, ...]:
-    """Blocks behind every chunk, greedy and drawn. The context may reach beyond an anchor: no block looks there."""
-    facts, slots = manifest.drafter, context[0].shape[2]
-    build = pair.build_drafter
-    pool = facts.candidate_pool or None
-    drafter = _loaded(lambda: build(slots, facts.candidates, pool, torch.float32), pair.drafter_sources(slots))
-    names = [spec.name for spec in manifest.graphs["drafter"].outputs]
-    shape = (1, facts.block_size, facts.candidates)
-    cases = []
-    for _, length in _chunks(token_ids.shape[1] - 1):
-        noises = {0.0: np.zeros(shape, np.float32), 1.0: generator.gumbel(size=shape).astype(np.float32)}
-        for temperature, noise in noises.items():
-            ids, confidences, candidates, probs, base, _ = drafter(
-                torch.from_numpy(token_ids[:, length]),
-                torch.tensor([length]),
-                torch.tensor([temperature]),
-                torch.from_numpy(noise),
-                context,
-            )
-            given = [ids, *([] if confidences is None else [confidences]), candidates, probs, base]
-            # strict=False: the caches come last in the contract, and are compared after the whole sequence.
-            expected = {name: tensor.numpy() for name, tensor in zip(names, given, strict=False)}
-            cases.append(_DraftCase(length, temperature, noise, expected))
-    return tuple(cases)
-
-
-def _compare_models(runner: GraphRunner, reference: _Reference, tolerance: float, report: Report) -> list[ParityRow]:
-    """Rows of the target's and the drafter's outputs."""
+def _compare_models(
+    runner: GraphRunner, reference: Reference, tolerance: float, report: Report
+) -> tuple[list[ParityRow], HostArray]:
+    """Rows of the target's and the drafter's outputs, and the target's logits [1, P, V]."""
     manifest = runner.engine.bundle.manifest
     positions = reference.logits.shape[1]
-    logits = OutputErrors("logits")
+    logits, parts = OutputErrors("logits"), list[HostArray]()
     drafted = {spec.name: OutputErrors(spec.name) for spec in _draft_outputs(manifest)}
-    for begin, end in _chunks(positions):
+    for begin, end in chunks(positions):
         report("engine", begin, positions)
         given, expected = runner.extend(reference.token_ids[:, begin:end]), reference.logits[:, begin:end]
+        parts.append(given)
         logits.add(given, expected)
         logits.agree(given.argmax(-1) == expected.argmax(-1))
         for case in reference.drafts:
@@ -235,7 +165,8 @@ def _compare_models(runner: GraphRunner, reference: _Reference, tolerance: float
         label = f"{prefix.rpartition('.')[0]}.{kind}"  # one row for all layers
         valid = np.asarray(runner.caches[name].read())[:, :, :positions]
         caches.setdefault(label, OutputErrors(label)).add(valid, reference.caches[name][:, :, :positions], output)
-    return [errors.row(tolerance) for errors in (logits, *caches.values(), *drafted.values())]
+    rows = [errors.row(tolerance) for errors in (logits, *caches.values(), *drafted.values())]
+    return rows, np.concatenate(parts, axis=1)
 
 
 def _draft_outputs(manifest: Manifest) -> list[TensorSpec]:
@@ -246,7 +177,7 @@ def _draft_outputs(manifest: Manifest) -> list[TensorSpec]:
     return [spec for spec in graph.outputs if spec.name not in graph.aliases and spec.name != "candidate_ids"]
 
 
-def _add_draft(errors: Mapping[str, OutputErrors], given: Mapping[str, HostArray], case: _DraftCase) -> None:
+def _add_draft(errors: Mapping[str, OutputErrors], given: Mapping[str, HostArray], case: DraftCase) -> None:
     """Compare a block, as far as both sides saw the same draft tokens: each step depends on the one before.
 
     A draft may differ at a near tie. What must hold is that it is the best of its own candidates, and that their
@@ -289,7 +220,7 @@ def _by_token(
     return sides[0], sides[1]
 
 
-def _judged(reference: _Reference, block: int, seed: int) -> Iterator[dict[str, HostArray]]:
+def _judged(reference: Reference, block: int, seed: int) -> Iterator[dict[str, HostArray]]:
     """Inputs of the sampler graphs: rows of target logits, and drafts to judge by them."""
     generator = np.random.default_rng(seed)
     _, positions, vocabulary = reference.logits.shape
@@ -320,7 +251,7 @@ def _judged(reference: _Reference, block: int, seed: int) -> Iterator[dict[str, 
 
 
 @torch.no_grad()
-def _compare_sampler(runner: GraphRunner, reference: _Reference, role: str, seed: int) -> ParityRow:
+def _compare_sampler(runner: GraphRunner, reference: Reference, role: str, seed: int) -> ParityRow:
     """One row: log-probabilities, and whether accepted length and next token agree. fp32 in every bundle."""
     manifest = runner.engine.bundle.manifest
     graph = manifest.graphs[role]

@@ -26,6 +26,7 @@ _TORCH_DTYPES = {
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.INT64: torch.int64,
+    ir.DataType.UINT8: torch.uint8,
 }
 
 

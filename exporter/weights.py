@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from dspark_edge.exporter.checkpoint import Checkpoint
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig, RotaryConfig
 
 __all__ = [
+    "Source",
     "WeightSource",
     "check_shared_weights",
     "drafter_sources",
@@ -28,6 +30,18 @@ __all__ = [
 ]
 
 _DRAFT_VOCAB_IDS = "draft_vocab_ids"
+
+
+class Source(Protocol):
+    """A recipe for one parameter. Equal sources give equal parameters, and share their bytes on disk."""
+
+    def __hash__(self) -> int: ...
+
+    def load(self, dtype: torch.dtype) -> torch.Tensor:
+        """The parameter, made now. Raises `CheckpointError` when it cannot be read."""
+
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's shape, without making it."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +85,6 @@ class ComputedSource:
 
     def shape(self) -> tuple[int, ...]:
         return self.size
-
-
-Source = WeightSource | ComputedSource
 
 
 def _inverse_frequencies(rotary: RotaryConfig, head_dim: int) -> torch.Tensor:

@@ -31,10 +31,11 @@ class Caches:
 
     Args:
         engine: allocates them.
-        limit: most slots they may have; the bundle's capacity.
+        limit: most slots a sequence may have; the bundle's capacity.
+        sequences: rows of every buffer.
     """
 
-    def __init__(self, engine: Engine, limit: int) -> None:
+    def __init__(self, engine: Engine, limit: int, sequences: int = 1) -> None:
         graphs = engine.bundle.manifest.graphs
         specs = {
             spec.name: spec
@@ -43,7 +44,7 @@ class Caches:
             for spec in graphs[role].inputs
             if spec.name.startswith(_CACHE_PREFIXES)
         }
-        self._engine, self._limit = engine, limit
+        self._engine, self._limit, self._sequences = engine, limit, sequences
         self._specs: Sequence[TensorSpec] = tuple(specs.values())
         self._growing = any("capacity" in spec.shape for spec in self._specs)
         self.version = 0  # changes when buffers do: calls bound to the old ones are void
@@ -71,7 +72,7 @@ class Caches:
         return {spec.name: self.buffers[spec.name] for spec in graph.inputs if spec.name in self.buffers}
 
     def _allocate(self, capacity: int) -> dict[str, Buffer]:
-        sizes = {"batch": 1, "capacity": capacity}
+        sizes = {"batch": self._sequences, "capacity": capacity}
         return {spec.name: self._engine.allocate(spec.dtype, sized(spec, sizes)) for spec in self._specs}
 
 

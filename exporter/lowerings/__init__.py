@@ -33,6 +33,7 @@ class Lowering:
     translations: Mapping[Callable[..., Any], Callable[..., Any]]  # torch operator overload → onnxscript function
     dynamic_capacity: bool  # whether the cache capacity may be a symbolic dimension
     batched: bool  # whether a batch of more than one may be wider than one token
+    low_bit: bool = False  # whether weights may be ONNX Runtime's MatMulNBits
     rewrites: tuple[Callable[[], ir.passes.InPlacePass], ...] = ()  # passes that finish a traced graph
 
 

@@ -70,4 +70,5 @@ LOWERING = Lowering(
     },
     dynamic_capacity=False,  # TensorRT's KV_CACHE_UPDATE wants a static capacity
     batched=True,
+    low_bit=True,
 )

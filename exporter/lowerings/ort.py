@@ -89,5 +89,6 @@ LOWERING = Lowering(
     },
     dynamic_capacity=True,
     batched=False,
+    low_bit=True,
     rewrites=(PackQueryKeyValue, FuseSkipNorm),
 )

@@ -21,6 +21,7 @@ from dspark_edge.engines.manifest import (
     Limits,
     Manifest,
     Provenance,
+    Quantization,
     TargetFacts,
     TensorSpec,
     check_path,
@@ -29,6 +30,7 @@ from dspark_edge.engines.manifest import (
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "bundle.schema.json"
 CACHE = ("batch", 2, "capacity", 8)
+QUANTIZATION = {"block_size": 32, "accuracy_level": 4, "vocabulary_bits": 8}
 
 
 def graph(file: str) -> GraphSpec:
@@ -98,6 +100,33 @@ def test_reads_what_it_writes(manifest: Manifest) -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert Manifest.from_text(manifest.to_text()) == manifest
     assert pickle.loads(pickle.dumps(manifest)) == manifest  # engines may run in another process
+
+
+def test_quantization_is_for_low_bit_precisions() -> None:
+    """Manifests without the key are valid, and one is written only where there is something to say."""
+    quantized = dataclasses.replace(dspark_manifest(), quantization=Quantization(32, 4, 8))
+    data = changed("quantization", QUANTIZATION)
+    assert quantized.to_json() == data and Manifest.from_json(data) == quantized
+    assert "quantization" not in dspark_manifest().to_json()
+    assert Manifest.from_json(changed("quantization", None)) == dspark_manifest()
+    with pytest.raises(BundleError, match=r"manifest\.quantization is given, but the precision is 'fp32'"):
+        Manifest.from_json({**data, "precision": "fp32"})
+    assert Manifest.from_json({**data, "precision": "fp32", "quantization": None}).quantization is None
+    wrong_values = (("block_size", 48), ("block_size", 32.0), ("accuracy_level", True), ("vocabulary_bits", 16))
+    for name, value in wrong_values:
+        wrong = changed("quantization", {**QUANTIZATION, name: value})
+        with pytest.raises(BundleError, match=rf"manifest\.quantization\.{name} is .*expected"):
+            Manifest.from_json(wrong)
+
+
+def test_the_schema_knows_quantization() -> None:
+    check = validator()
+    data = changed("quantization", QUANTIZATION)
+    assert check.is_valid(data) and check.is_valid(changed("quantization", None))
+    assert not check.is_valid({**data, "precision": "fp32"})
+    assert check.is_valid({**data, "precision": "fp32", "quantization": None})
+    assert not check.is_valid(changed("quantization", {**QUANTIZATION, "block_size": 48}))
+    assert not check.is_valid(changed("quantization", {"block_size": 32}))
 
 
 def test_a_draft_vocabulary_is_optional() -> None:
@@ -298,10 +327,20 @@ def test_the_schema_refuses_what_the_reader_refuses(path: str, value: object) ->
 def test_the_schema_has_the_keys_of_the_dataclasses() -> None:
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     definitions = {**schema["$defs"], "Manifest": schema}
-    for cls in (Manifest, TensorSpec, GraphSpec, TargetFacts, DrafterFacts, Limits, FileRecord, Provenance):
+    for cls in (
+        Manifest,
+        TensorSpec,
+        GraphSpec,
+        TargetFacts,
+        DrafterFacts,
+        Limits,
+        Quantization,
+        FileRecord,
+        Provenance,
+    ):
         keys = [field.name for field in dataclasses.fields(cls)]
         assert list(definitions[cls.__name__]["properties"]) == keys
-        optional = ["draft_vocab_size"] if cls is DrafterFacts else []
+        optional = {DrafterFacts: ["draft_vocab_size"], Manifest: ["quantization"]}.get(cls, [])
         assert definitions[cls.__name__]["required"] == [key for key in keys if key not in optional]
         assert definitions[cls.__name__]["additionalProperties"] is False
     assert schema["properties"]["schema_version"]["const"] == module.SCHEMA_VERSION

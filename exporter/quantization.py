@@ -1,0 +1,239 @@
+"""Weights in blocks of 8 or 4 bits: values → blocks → values.
+
+A row (what one output sums over) is cut into blocks of `block_size` weights; each block has a scale and a zero point
+of its own, and a weight is (number − zero point) · scale. The rounding is ONNX Runtime's own, called for one matrix
+at a time, so that weights can stream; the layout is that of its operators MatMulNBits and GatherBlockQuantized.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dspark_edge.engines.errors import BundleError, CheckpointError, MissingDependencyError
+from dspark_edge.engines.manifest import QUANTIZED_PRECISIONS, Quantization
+from dspark_edge.exporter.weights import Source, WeightSource
+
+__all__ = [
+    "BlockFormat",
+    "BlockSource",
+    "DequantizedSource",
+    "LastMatrix",
+    "QuantizedRows",
+    "WeightFormats",
+    "dequantize_rows",
+    "quantize_rows",
+    "weight_formats",
+]
+
+Part = Literal["blocks", "scales", "zero_points"]
+
+_PROJECTION = re.compile(r"(?:.*\.)?(?:qkv_proj|o_proj|gate_up_proj|down_proj|kv_proj)\.weight")
+_VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+
+# Rows that are quantised at once: the kernel wants them as columns, and a vocabulary's transpose would be gigabytes.
+_PIECE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFormat:
+    """How weights are stored."""
+
+    bits: Literal[4, 8]
+    block_size: int  # weights of a row that share a scale and a zero point; a power of two, at least 16
+
+    def blocks(self, row_size: int) -> int:
+        """Blocks of a row; the last may be padded."""
+        return -(-row_size // self.block_size)
+
+    def part_shape(self, part: Part, rows: int, row_size: int) -> tuple[int, ...]:
+        """Shapes of the arrays of `QuantizedRows`."""
+        blocks = self.blocks(row_size)
+        if part == "blocks":
+            return rows, blocks, self.block_size * self.bits // 8
+        return (rows, blocks) if part == "scales" else (rows, -(-blocks * self.bits // 8))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormats:
+    """Which parameters of target and drafter are stored in blocks, and how."""
+
+    projections: BlockFormat
+    vocabulary: BlockFormat
+
+    def of(self, parameter: str) -> BlockFormat | None:
+        """The format of a parameter; None where it stays as it is.
+
+        The projections of all layers, those of the drafter's context, embedding and head are in blocks. Norms, `fc`
+        (whose inputs reach 2·10⁴), the Markov head and the confidence head are not.
+        """
+        if _PROJECTION.fullmatch(parameter):
+            return self.projections
+        return self.vocabulary if parameter in _VOCABULARY else None
+
+
+def weight_formats(precision: str, quantization: Quantization | None) -> WeightFormats | None:
+    """How a bundle's quantised weights are stored; None where none are.
+
+    Raises:
+        BundleError: the precision is one of quantised weights, but nothing says how.
+    """
+    if precision not in QUANTIZED_PRECISIONS:
+        return None
+    if quantization is None:
+        raise BundleError(
+            f"the bundle's weights are {precision}, but its manifest lacks 'quantization'; export it again"
+        )
+    size = quantization.block_size
+    projections = BlockFormat(4 if precision == "int4" else 8, size)
+    return WeightFormats(projections, BlockFormat(4 if quantization.vocabulary_bits == 4 else 8, size))
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """A matrix [N, K] in blocks. Numbers of 4 bits lie two in a byte, the first in the lower half."""
+
+    blocks: npt.NDArray[np.uint8]  # [N, blocks, bytes of a block]
+    scales: npt.NDArray[np.float32]  # [N, blocks]
+    zero_points: npt.NDArray[np.uint8]  # [N, blocks · bits / 8, rounded up]
+
+
+def _kernel(bits: int) -> Callable[..., None]:
+    """What `onnxruntime.quantization.matmul_nbits_quantizer` calls for a matrix.
+
+    Taken from below that module, which configures Python's root logger when it is imported.
+    """
+    try:
+        from onnxruntime.capi import _pybind_state
+    except ImportError as error:
+        raise MissingDependencyError("onnxruntime", "quantizing weights") from error
+    kernel: Callable[..., None] | None = getattr(_pybind_state, f"quantize_matmul_{bits}bits", None)
+    if kernel is None:
+        raise MissingDependencyError("onnxruntime>=1.23", f"quantizing weights to {bits} bits")
+    return kernel
+
+
+def quantize_rows(rows: npt.NDArray[np.float32], layout: BlockFormat) -> QuantizedRows:
+    """Round a matrix [N, K] to blocks: every weight to the nearest of its block's 2^bits values.
+
+    Deterministic, and each row by itself: rows of a quantised matrix are the quantised rows. Needs the matrix, the
+    result, and a few thousand rows more.
+    """
+    count, size = rows.shape
+    kernel = _kernel(layout.bits)
+    result = QuantizedRows(
+        np.zeros(layout.part_shape("blocks", count, size), np.uint8),
+        np.zeros(layout.part_shape("scales", count, size), np.float32),
+        np.zeros(layout.part_shape("zero_points", count, size), np.uint8),
+    )
+    padding = layout.blocks(size) * layout.block_size - size
+    for begin in range(0, count, _PIECE):
+        piece = slice(begin, begin + _PIECE)
+        columns = np.ascontiguousarray(np.pad(rows[piece], ((0, 0), (0, padding))).T)
+        arrays = (result.blocks[piece], columns, result.scales[piece], result.zero_points[piece])
+        kernel(*arrays, layout.block_size, columns.shape[1], size, False)
+    return result
+
+
+def _numbers(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Bytes [N, n] → the numbers in them [N, n · 8 / bits]."""
+    if bits == 8:
+        return packed
+    return np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), -1)
+
+
+def dequantize_rows(quantized: QuantizedRows, layout: BlockFormat, size: int) -> npt.NDArray[np.float32]:
+    """The matrix [N, K = size] that blocks stand for."""
+    count, blocks = quantized.scales.shape
+    result = np.empty((count, size), np.float32)
+    for begin in range(0, count, _PIECE):
+        piece = slice(begin, begin + _PIECE)
+        scales = quantized.scales[piece]
+        numbers = _numbers(quantized.blocks[piece].reshape(len(scales), -1), layout.bits)
+        zeros = _numbers(quantized.zero_points[piece], layout.bits)[:, :blocks]
+        steps = numbers.reshape(len(scales), blocks, -1).astype(np.float32) - zeros[..., None]
+        result[piece] = (steps * scales[..., None]).reshape(len(scales), -1)[:, :size]
+    return result
+
+
+def _as_rows(source: Source) -> Source:
+    """The source of a matrix the way checkpoints have it, a row for every output."""
+    if isinstance(source, WeightSource) and source.transpose:
+        return dataclasses.replace(source, transpose=False)
+    return source
+
+
+def _quantize(source: Source, layout: BlockFormat) -> QuantizedRows:
+    rows = _as_rows(source).load(torch.float32).numpy()
+    # min and max carry NaN and infinity, and need no copy.
+    if not (np.isfinite(rows.min()) and np.isfinite(rows.max())):
+        what = " + ".join(source.names) if isinstance(source, WeightSource) else "a matrix"
+        where = f"{source.checkpoint.source}: " if isinstance(source, WeightSource) else ""
+        raise CheckpointError(f"{where}{what} holds values that are not finite, which cannot be quantized")
+    return quantize_rows(rows, layout)
+
+
+@dataclass(slots=True)
+class LastMatrix:
+    """The parts of the matrix that was quantised last, until each has been taken: one matrix in memory, read once."""
+
+    _key: tuple[Source, BlockFormat] | None = None
+    _parts: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, source: Source, layout: BlockFormat, part: Part) -> torch.Tensor:
+        """One part of a matrix; it is quantised anew if another was asked for in between, or the part was taken."""
+        if self._key != (source, layout) or part not in self._parts:
+            self._parts = {}  # let go before the next is read
+            quantized = _quantize(source, layout)
+            self._key = (source, layout)
+            self._parts = {field.name: getattr(quantized, field.name) for field in dataclasses.fields(quantized)}
+        return torch.from_numpy(self._parts.pop(part))
+
+
+@dataclass(frozen=True)
+class BlockSource:
+    """One part of a quantised matrix, a parameter of a quantised graph."""
+
+    source: Source  # of the matrix
+    layout: BlockFormat
+    part: Part
+    last: LastMatrix = field(compare=False, repr=False)
+
+    def load(self, dtype: torch.dtype) -> torch.Tensor:
+        """The part in its own type.
+
+        Raises:
+            CheckpointError: the matrix cannot be read, or holds what is not finite.
+        """
+        part = self.last.take(self.source, self.layout, self.part)
+        if part.dtype != dtype:
+            raise RuntimeError(f"the {self.part} of a quantised matrix are {part.dtype}, not {dtype}")
+        return part
+
+    def shape(self) -> tuple[int, ...]:
+        rows, size = _as_rows(self.source).shape()
+        return self.layout.part_shape(self.part, rows, size)
+
+
+@dataclass(frozen=True)
+class DequantizedSource:
+    """A matrix with the values that its blocks stand for: what a quantised graph multiplies with."""
+
+    source: Source
+    layout: BlockFormat
+
+    def load(self, dtype: torch.dtype) -> torch.Tensor:
+        size = _as_rows(self.source).shape()[1]
+        rows = torch.from_numpy(dequantize_rows(_quantize(self.source, self.layout), self.layout, size)).to(dtype)
+        is_transposed = isinstance(self.source, WeightSource) and self.source.transpose
+        return rows.t().contiguous() if is_transposed else rows
+
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape()

@@ -1,0 +1,141 @@
+"""The graph rewrite that puts quantised weights in place of float ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from dspark_edge.exporter.quantization import BlockFormat, BlockSource, LastMatrix, Part, WeightFormats
+from dspark_edge.exporter.weights import Source
+
+__all__ = ["QuantizeWeights", "quantize_graph"]
+
+_MICROSOFT = "com.microsoft"
+_PART_TYPES: Mapping[Part, ir.DataType] = {
+    "blocks": ir.DataType.UINT8,
+    "scales": ir.DataType.FLOAT,
+    "zero_points": ir.DataType.UINT8,
+}
+
+
+class QuantizeWeights(ir.passes.InPlacePass):
+    """Products with a weight, and look-ups in one, become operators on its blocks.
+
+    Before::
+
+        y = MatMul(x, weight)                 weight [K, N]
+        y = Gemm <transB = 1> (x, weight)     weight [N, K]
+        y = Gather(weight, ids)               weight [N, K]
+
+    After::
+
+        y = MatMulNBits <K, N> (x, weight.blocks, weight.scales, weight.zero_points)
+        y = MatMulNBits <K, N> (x, weight.blocks, weight.scales, weight.zero_points)
+        y = GatherBlockQuantized(weight.rows, ids, weight.scales, weight.zero_points)
+
+    `weight.rows` has the bytes of `weight.blocks` in two dimensions, and shares them on disk: a tied embedding and
+    head are stored once.
+
+    Preconditions: the formats name the initializer; Gemm has no bias; the rows of a matrix that is looked up in
+    are whole blocks. Postcondition: `parts` has the part of every new initializer, by its name.
+    """
+
+    def __init__(self, formats: WeightFormats, accuracy_level: int) -> None:
+        super().__init__()
+        self.formats, self.accuracy_level = formats, accuracy_level
+        self.parts: dict[str, tuple[str, Part]] = {}  # new initializer → the weight that it is a part of, and which
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in list(model.graph):
+            weight, layout = self._weight_of(node, model.graph)
+            if weight is None or layout is None:
+                continue
+            rewrite = self._look_up if node.op_type == "Gather" else self._product
+            new = rewrite(model.graph, node, weight, layout)
+            old, result = node.outputs[0], new.outputs[0]
+            result.name, result.type, result.shape = old.name, old.type, old.shape
+            model.graph.insert_before(node, new)
+            ir.convenience.replace_all_uses_with([old], [result], replace_graph_outputs=True)
+            model.graph.remove(node, safe=True)
+            modified = True
+            if not weight.uses():
+                del model.graph.initializers[str(weight.name)]
+        if modified:
+            model.opset_imports[_MICROSOFT] = 1
+        return ir.passes.PassResult(model, modified)
+
+    def _weight_of(self, node: ir.Node, graph: ir.Graph) -> tuple[ir.Value | None, BlockFormat | None]:
+        """The node's input that is to be in blocks, and their format."""
+        for value in node.inputs:
+            if value is not None and value.name in graph.initializers:
+                layout = self.formats.of(str(value.name))
+                if layout is not None:
+                    return value, layout
+        return None, None
+
+    def _product(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, layout: BlockFormat) -> ir.Node:
+        transposed = node.op_type == "Gemm"
+        attributes = node.attributes
+        if transposed:
+            fits = len(node.inputs) == 2 and attributes["transB"].as_int() == 1 and attributes["alpha"].as_float() == 1
+        else:
+            fits = node.op_type == "MatMul"
+        if not fits or node.inputs[1] is not weight:
+            raise RuntimeError(f"{weight.name} is used by {node.op_type}, which has no form for quantised weights")
+        shape = weight.shape or ir.Shape(())
+        rows, size = (int(shape[0]), int(shape[1])) if transposed else (int(shape[1]), int(shape[0]))
+        parts = [self._part(graph, weight, part, layout.part_shape(part, rows, size), part) for part in _PART_TYPES]
+        settings = {"K": size, "N": rows, "bits": layout.bits, "block_size": layout.block_size}
+        settings["accuracy_level"] = self.accuracy_level
+        return _node("MatMulNBits", [node.inputs[0], *parts], settings, node.name)
+
+    def _look_up(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, layout: BlockFormat) -> ir.Node:
+        shape = weight.shape or ir.Shape(())
+        rows, size = int(shape[0]), int(shape[1])
+        if size % layout.block_size or node.inputs[0] is not weight:
+            raise RuntimeError(f"{weight.name}: rows of {size} are not whole blocks of {layout.block_size}")
+        _, blocks, bytes_of_a_block = layout.part_shape("blocks", rows, size)
+        parts = [self._part(graph, weight, "blocks", (rows, blocks * bytes_of_a_block), "rows")]
+        for part in ("scales", "zero_points"):
+            parts.append(self._part(graph, weight, part, layout.part_shape(part, rows, size), part))
+        settings = {
+            "gather_axis": 0,
+            "quantize_axis": 1,
+            "bits": layout.bits,
+            "block_size": layout.block_size,
+        }
+        return _node("GatherBlockQuantized", [parts[0], node.inputs[1], *parts[1:]], settings, node.name)
+
+    def _part(self, graph: ir.Graph, weight: ir.Value, part: Part, shape: tuple[int, ...], suffix: str) -> ir.Value:
+        """The initializer of a part, made when it is first asked for."""
+        name = f"{weight.name}.{suffix}"
+        if name not in graph.initializers:
+            value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(_PART_TYPES[part]))
+            graph.initializers[name] = value
+            self.parts[name] = str(weight.name), part
+        return graph.initializers[name]
+
+
+def _node(kind: str, inputs: list[ir.Value | None], settings: Mapping[str, int], name: str | None) -> ir.Node:
+    attributes: list[Any] = [ir.AttrInt64(key, value) for key, value in settings.items()]
+    return ir.Node(_MICROSOFT, kind, inputs, attributes, num_outputs=1, name=name)
+
+
+def quantize_graph(
+    model: ir.Model, sources: Mapping[str, Source], formats: WeightFormats, accuracy_level: int
+) -> dict[str, Source]:
+    """Rewrite a traced graph in place; the sources of its parameters from then on."""
+    rewrite = QuantizeWeights(formats, accuracy_level)
+    rewrite(model)
+    last = LastMatrix()
+    parts: dict[str, Source] = {}
+    for name, (weight, part) in rewrite.parts.items():
+        layout = formats.of(weight)
+        if layout is None:
+            raise RuntimeError(f"{weight} was rewritten without a format")
+        parts[name] = BlockSource(sources[weight], layout, part, last)
+    replaced = {weight for weight, _ in rewrite.parts.values()}
+    return {**{name: source for name, source in sources.items() if name not in replaced}, **parts}

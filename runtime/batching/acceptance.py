@@ -1,0 +1,138 @@
+"""Acceptance for ranges of slots: the sampler graphs, each for the requests that ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dspark_edge.engines.engine import Buffer, Engine, sized
+from dspark_edge.runtime import model
+from dspark_edge.runtime.batching.grouping import runs
+from dspark_edge.runtime.batching.windows import row_window
+from dspark_edge.runtime.round import Candidates, Request, Verdict
+
+__all__ = ["Judge"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """What a sampler is bound for."""
+
+    role: str
+    slot: int  # the first
+    count: int  # slots
+    row: int  # of the first slot in the call's logits
+    batch: int  # sequences of the call
+    rows: int  # N, logits of each
+    drafted: bool  # whether there is anything to judge
+
+
+class Judge:
+    """Applies the acceptance rule to the logits of a call.
+
+    Requests are judged together where neighbours ask for the same graph: greedy, drawing or filtered.
+
+    Args:
+        engine: executes the graphs.
+        slots: sequences.
+        candidates: where the drafter leaves what it drafted for each slot; None without a drafter.
+    """
+
+    def __init__(self, engine: Engine, slots: int, candidates: Candidates | None) -> None:
+        self._engine = engine
+        # For calls that judge no draft, which then need not read a whole block's candidates.
+        self._nothing = Candidates(
+            engine.allocate("int64", (slots, 1)),
+            engine.allocate("int64", (slots, 1, 1)),
+            engine.allocate("float32", (slots, 1, 1)),
+        )
+        self._candidates = candidates or self._nothing
+        self._samplers: dict[_Key, _Sampler] = {}
+
+    @property
+    def bindings(self) -> int:
+        """Samplers bound so far: a call that binds one takes longer than others."""
+        return len(self._samplers)
+
+    def accept(
+        self, logits: Buffer, first: int, judged: Sequence[int], requests: Sequence[Request], lengths: Sequence[int]
+    ) -> list[Verdict]:
+        """Verdicts on requests of one target call, in the order of `judged`.
+
+        Args:
+            logits: [B, N, V] of the call.
+            first: the call's first slot.
+            judged: slots that are to be judged, rising.
+            requests: of those slots; draw from their streams of random numbers.
+            lengths: verify length of each, below N.
+        """
+        verdicts: list[Verdict] = []
+        for slot, count in runs(judged, [request.params.sampler_role for request in requests]):
+            begin = len(verdicts)
+            of_run, of_lengths = requests[begin : begin + count], lengths[begin : begin + count]
+            batch, rows, _ = logits.shape
+            role = of_run[0].params.sampler_role
+            key = _Key(role, slot, count, slot - first, batch, rows, any(of_lengths))
+            sampler = self._samplers.get(key)
+            if sampler is None:
+                candidates = self._candidates if key.drafted else self._nothing
+                sampler = self._samplers[key] = _Sampler(self._engine, key, logits, candidates)
+            verdicts += sampler.accept(of_run, of_lengths)
+        return verdicts
+
+
+class _Sampler:
+    """A sampler graph bound to a range of a call's logits and to its slots' candidates."""
+
+    def __init__(self, engine: Engine, key: _Key, logits: Buffer, candidates: Candidates) -> None:
+        graph = engine.bundle.manifest.graphs[key.role]
+        given = {
+            "logits": row_window(logits, key.row, key.count),
+            "draft_ids": row_window(candidates.draft_ids, key.slot, key.count),
+            "candidate_ids": row_window(candidates.candidate_ids, key.slot, key.count),
+            "candidate_probs": row_window(candidates.candidate_probs, key.slot, key.count),
+        }
+        sizes = {"batch": key.count, "rows": key.rows}
+        self._buffers = {
+            spec.name: given.get(spec.name) or engine.allocate(spec.dtype, sized(spec, sizes))
+            for spec in (*graph.inputs, *graph.outputs)
+        }
+        self._call = engine.bind(key.role, self._buffers)
+        self._shape = (key.count, key.rows)
+        self._vocabulary = logits.shape[2]
+        self._drawing = "accept_uniforms" in self._buffers
+        self._filtering = "pool" in self._buffers
+
+    def accept(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Verdict]:
+        buffers = self._buffers
+        buffers["verify_lengths"].write(lengths)
+        if self._drawing:
+            self._draw(requests, lengths)
+        if self._filtering:
+            for name in ("top_k", "top_p", "min_p"):
+                buffers[name].write([getattr(request.params, name) for request in requests])
+            buffers["pool"].write(min(model._FILTER_POOL, self._vocabulary))
+        self._call.run()
+        if self._filtering and not buffers["covered"].read().all():
+            buffers["pool"].write(self._vocabulary)
+            self._call.run()
+        accepted = buffers["accepted_lengths"].read().tolist()
+        next_ids = buffers["next_ids"].read().tolist()
+        log_probs = buffers["log_probs"].read()
+        return [
+            Verdict(count, next_id, tuple(row[: count + 1].tolist()))
+            for count, next_id, row in zip(accepted, next_ids, log_probs, strict=True)
+        ]
+
+    def _draw(self, requests: Sequence[Request], lengths: Sequence[int]) -> None:
+        """Each request draws as many numbers as it would alone, so that its answer is its own."""
+        buffers = self._buffers
+        accept, sample = np.zeros(self._shape, np.float32), np.zeros(len(requests), np.float32)
+        for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+            accept[row, : length + 1] = request.random.uniforms(1, length + 1)[0]
+            sample[row] = request.random.uniforms(1)[0]
+        buffers["temperature"].write([request.params.temperature for request in requests])
+        buffers["accept_uniforms"].write(accept)
+        buffers["sample_uniforms"].write(sample)

@@ -1,0 +1,187 @@
+"""What decodes many sequences at once: an engine behind a small interface of ids and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Protocol
+
+from dspark_edge.engines.engine import Engine
+from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.runtime.batching.acceptance import Judge
+from dspark_edge.runtime.batching.drafting import CallObserver, GraphDrafter, LookupDrafter, SlotDrafter
+from dspark_edge.runtime.batching.grouping import DenseGrouping, Grouping, SerialGrouping
+from dspark_edge.runtime.batching.slots import SlotCaches
+from dspark_edge.runtime.batching.target import TargetCalls
+from dspark_edge.runtime.calibration import Calibration
+from dspark_edge.runtime.round import Draft, Request, Verdict
+from dspark_edge.runtime.scheduling import Costs, Pricing
+
+__all__ = ["EXECUTIONS", "Executor", "ModelExecutor", "choose_grouping"]
+
+EXECUTIONS = ("auto", "dense", "serial")
+"""dense: one target call a round; serial: a call a request, plain ones together; auto: what the lowering allows."""
+
+
+class Executor(Protocol):
+    """Runs target and drafter for sequences in slots. Not for several threads at once.
+
+    While decoding, the requests lie in slots 0 … n − 1, and are given in that order; prompts are prefilled in slots
+    behind them.
+    """
+
+    @property
+    def capacity(self) -> int:
+        """Cache slots of a sequence, tokens."""
+
+    @property
+    def block_size(self) -> int:
+        """γ, most tokens of a draft; 0 without a drafter."""
+
+    def pricing(self, costs: Costs) -> Pricing:
+        """What a group of requests is charged here."""
+
+    def observe(self, observer: CallObserver | None) -> None:
+        """Tell somebody what calls take, from now on."""
+
+    def prefill(self, slot: int, request: Request, count: int) -> Verdict | None:
+        """Cache `count` more tokens of a sequence; behind its last token, draw the next one."""
+
+    def draft(self, requests: Sequence[Request], drafting: Sequence[bool]) -> list[Draft]:
+        """A draft for each request that is to be drafted for, `NO_DRAFT` for the others."""
+
+    def verify(self, requests: Sequence[Request], drafts: Sequence[Draft], lengths: Sequence[int]) -> list[Verdict]:
+        """Judge the first `lengths[b]` tokens of each draft; every request has room for so many and its anchor."""
+
+    def exchange(self, one: int, other: int, lengths: tuple[int, int]) -> None:
+        """Exchange the sequences of two slots, with so many cached tokens each (0: free)."""
+
+    def close(self) -> None:
+        """Release the engine. May be called twice."""
+
+
+def choose_grouping(engine: Engine, execution: str) -> Grouping:
+    """How a bundle's graphs decode several requests.
+
+    Raises:
+        InvalidInputError: the execution is unknown, or the bundle's lowering does not allow it.
+    """
+    lowering = engine.bundle.manifest.lowering
+    if execution not in EXECUTIONS:
+        raise InvalidInputError(f"unknown execution {execution!r}; choose one of: {', '.join(EXECUTIONS)}")
+    if execution == "auto":
+        execution = "serial" if lowering == "ort" else "dense"
+    if execution == "serial":
+        return SerialGrouping()
+    if lowering == "ort":
+        raise InvalidInputError(
+            "execution 'dense' needs a lowering that verifies batches, the bundle's is 'ort'; choose 'serial', or "
+            "export with --lowering onnx or decomposed"
+        )
+    return DenseGrouping()
+
+
+class ModelExecutor:
+    """A bundle's graphs on an engine.
+
+    Args:
+        engine: executes the graphs; closed with the executor.
+        slots: most sequences at once.
+        grouping: see `choose_grouping`.
+        drafting: whether a drafter is loaded.
+        prefill_chunk: width of most prefill calls.
+        calibration: of the drafter's confidences; None: the bundle's own.
+
+    Raises:
+        BundleError: the bundle's calibration is damaged.
+        EngineError: a graph cannot be loaded, memory is short, or the engine's memory cannot be viewed from here.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        slots: int,
+        grouping: Grouping,
+        drafting: bool,
+        prefill_chunk: int,
+        calibration: Calibration | None = None,
+    ) -> None:
+        manifest = engine.bundle.manifest
+        self._engine, self._grouping = engine, grouping
+        self._capacity = manifest.limits.capacity
+        self._caches = SlotCaches(engine, slots)
+        self._target = TargetCalls(engine, self._caches, slots, prefill_chunk)
+        self._drafter = self._make_drafter(slots, calibration) if drafting else None
+        self._block_size = manifest.drafter.block_size if drafting else 0
+        self._judge = Judge(engine, slots, self._drafter.candidates if self._drafter else None)
+        self._observer: CallObserver | None = None
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    @property
+    def block_size(self) -> int:
+        return self._block_size
+
+    @property
+    def caches(self) -> SlotCaches:
+        """Of all slots."""
+        return self._caches
+
+    def pricing(self, costs: Costs) -> Pricing:
+        return self._grouping.pricing(costs)
+
+    def observe(self, observer: CallObserver | None) -> None:
+        self._observer = observer
+
+    def prefill(self, slot: int, request: Request, count: int) -> Verdict | None:
+        sequence = request.sequence
+        start = sequence.cache_length
+        logits = self._target.run(slot, [sequence.token_ids[start : start + count]], [start], rows=1)
+        sequence.cache_length = start + count
+        if sequence.cache_length < len(sequence.token_ids):
+            return None
+        return self._judge.accept(logits, slot, [slot], [request], [0])[0]
+
+    def draft(self, requests: Sequence[Request], drafting: Sequence[bool]) -> list[Draft]:
+        if self._drafter is None:
+            raise InvalidInputError("a draft was asked for, but the executor was made without a drafter")
+        return self._drafter.draft(requests, drafting, self._observer)
+
+    def verify(self, requests: Sequence[Request], drafts: Sequence[Draft], lengths: Sequence[int]) -> list[Verdict]:
+        starts = [request.sequence.cache_length for request in requests]
+        verdicts: dict[int, Verdict] = {}
+        for call in self._grouping.calls(lengths, [self._capacity - start - 1 for start in starts]):
+            slots = range(call.first, call.first + call.count)
+            rows = [
+                # Those behind a narrow request's tokens, or of one that merely runs along, mean nothing.
+                [requests[slot].sequence.anchor, *drafts[slot].token_ids[: min(lengths[slot], call.width - 1)]]
+                for slot in slots
+            ]
+            padded = [row + [0] * (call.width - len(row)) for row in rows]
+            of_call = [starts[slot] for slot in slots]
+            bindings, started = self._bindings(), perf_counter()
+            logits = self._target.run(call.first, padded, of_call, rows=call.width)
+            judged = [requests[slot] for slot in call.judged]
+            found = self._judge.accept(logits, call.first, call.judged, judged, [lengths[slot] for slot in call.judged])
+            if self._observer is not None and self._bindings() == bindings:
+                self._observer.observe_verification(call.count, call.width, max(of_call), perf_counter() - started)
+            verdicts.update(zip(call.judged, found, strict=True))
+        return [verdicts[slot] for slot in range(len(requests))]
+
+    def exchange(self, one: int, other: int, lengths: tuple[int, int]) -> None:
+        self._caches.exchange(one, other, lengths)
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _bindings(self) -> int:
+        return self._target.bindings + self._judge.bindings
+
+    def _make_drafter(self, slots: int, calibration: Calibration | None) -> SlotDrafter:
+        bundle = self._engine.bundle
+        if bundle.manifest.drafter.kind == "ngram":
+            return LookupDrafter(self._engine, slots, bundle.manifest.drafter.block_size)
+        calibration = calibration or Calibration.load(bundle)
+        return GraphDrafter(self._engine, self._caches, slots, self._grouping.drafts_together, calibration)

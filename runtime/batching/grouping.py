@@ -1,0 +1,113 @@
+"""Which target calls verify a round's requests: pure functions on numbers.
+
+Requests lie in neighbouring slots 0 … n − 1, and a call takes a range of them. Two groupings:
+
+- **dense**, for the `onnx` and `decomposed` lowerings: one call, as wide as the widest request. Narrower requests are
+  padded; what is written behind their tokens is overwritten later.
+- **serial**, for the `ort` lowering, whose attention takes a batch at width 1 only: those that verify nothing share one
+  call of width 1, every other request has a call of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+from dspark_edge.runtime.batching.pricing import Shared
+from dspark_edge.runtime.scheduling import Costs, Dense, Pricing
+
+__all__ = ["DenseGrouping", "Grouping", "SerialGrouping", "TargetCall", "runs"]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetCall:
+    """One call of the target."""
+
+    first: int  # slot
+    count: int  # slots
+    width: int  # tokens of each
+    judged: tuple[int, ...]  # the slots whose verdict comes from this call; it merely runs over the others
+
+
+class Grouping(Protocol):
+    """How an engine decodes several requests."""
+
+    @property
+    def drafts_together(self) -> bool:
+        """Whether one drafter call may draft for several requests."""
+
+    def calls(self, lengths: Sequence[int], rooms: Sequence[int]) -> tuple[TargetCall, ...]:
+        """The calls of a round, in order. Each request is judged in one of them.
+
+        Args:
+            lengths: verify length of the request in each slot.
+            rooms: cache slots behind each request's anchor; at least its length.
+        """
+
+    def pricing(self, costs: Costs) -> Pricing:
+        """The same in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenseGrouping:
+    """One call, batch × widest.
+
+    A request whose cache ends within the call's width cannot be padded to it. Its neighbours shall not be narrower for
+    that, or what they draw would depend on it: it is verified in a call of its own.
+    """
+
+    drafts_together = True
+
+    def calls(self, lengths: Sequence[int], rooms: Sequence[int]) -> tuple[TargetCall, ...]:
+        return tuple(_padded(range(len(lengths)), lengths, rooms))
+
+    def pricing(self, costs: Costs) -> Pricing:
+        return Dense(costs)
+
+
+@dataclass(frozen=True, slots=True)
+class SerialGrouping:
+    """A call each, and one at width 1 for all that verify nothing.
+
+    The shared call spans all slots from the first to the last of them. The others in between run along, because their
+    anchors cost less than a second call would; their own calls come behind it and write the same slots again.
+    """
+
+    drafts_together = False
+
+    def calls(self, lengths: Sequence[int], rooms: Sequence[int]) -> tuple[TargetCall, ...]:
+        plain = tuple(slot for slot, length in enumerate(lengths) if length == 0)
+        alone = (TargetCall(slot, 1, 1 + length, (slot,)) for slot, length in enumerate(lengths) if length > 0)
+        if not plain:
+            return tuple(alone)
+        return (TargetCall(plain[0], plain[-1] - plain[0] + 1, 1, plain), *alone)
+
+    def pricing(self, costs: Costs) -> Pricing:
+        return Shared(costs)
+
+
+def runs(slots: Sequence[int], kinds: Sequence[object]) -> Iterator[tuple[int, int]]:
+    """(first, count) of the longest ranges of neighbouring slots of one kind.
+
+    Args:
+        slots: rising.
+        kinds: of each of them.
+    """
+    places = enumerate(zip(slots, kinds, strict=True))
+    for _, group in groupby(places, key=lambda place: (place[1][0] - place[0], place[1][1])):
+        taken = [slot for _, (slot, _) in group]
+        yield taken[0], len(taken)
+
+
+def _padded(slots: range, lengths: Sequence[int], rooms: Sequence[int]) -> Iterator[TargetCall]:
+    """One call for the slots; where some have too little room for its width, one for each run of such or others."""
+    widest = max(lengths[slot] for slot in slots)
+    tight = [rooms[slot] < widest for slot in slots]
+    if not any(tight):
+        yield TargetCall(slots[0], len(slots), 1 + widest, tuple(slots))
+        return
+    # A run of tight slots is narrower than this one (no length exceeds its room), so this comes to an end.
+    for first, count in runs(slots, tight):
+        yield from _padded(range(first, first + count), lengths, rooms)

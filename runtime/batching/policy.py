@@ -1,0 +1,199 @@
+"""What a round of several requests drafts and verifies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dspark_edge.engines.profile import SAMPLER_ROLES
+from dspark_edge.runtime.batching.drafting import CallObserver
+from dspark_edge.runtime.calibration import Calibration
+from dspark_edge.runtime.round import Draft, Prediction
+from dspark_edge.runtime.sampling import SamplingParams
+from dspark_edge.runtime.scheduled_policy import mean_conditionals
+from dspark_edge.runtime.scheduling import (
+    Controller,
+    CorrectedCosts,
+    Costs,
+    LookAhead,
+    Offer,
+    ParkingOptions,
+    Plan,
+    Pricing,
+    Scheduler,
+    SequenceState,
+)
+
+__all__ = ["Decision", "FixedLengths", "GroupPolicy", "GroupScheduling", "Member"]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A request in a round."""
+
+    params: SamplingParams
+    state: SequenceState | None  # what is remembered of it; None where nothing is scheduled
+    context: int  # cached tokens
+    room: int  # cache slots behind its anchor's own
+
+
+class Decision(Protocol):
+    """Decides one round of a group."""
+
+    @property
+    def drafting(self) -> tuple[bool, ...]:
+        """Who is drafted for."""
+
+    @property
+    def observer(self) -> CallObserver | None:
+        """Who is to be told what the calls take."""
+
+    def lengths(self, drafts: Sequence[Draft]) -> tuple[int, ...]:
+        """Verify lengths, each at most the draft and the room."""
+
+    def prediction(self) -> Prediction | None:
+        """What the round was expected to take, after `lengths`; None where nothing is known of costs."""
+
+    def learn(self, accepted: Sequence[int]) -> None:
+        """How many draft tokens of each request were accepted."""
+
+
+class GroupPolicy(Protocol):
+    """Decides for all requests of an engine, round by round."""
+
+    def join(self, params: SamplingParams) -> SequenceState | None:
+        """The state of a new request."""
+
+    def decide(self, members: Sequence[Member]) -> Decision:
+        """Begin a round of these, at least one."""
+
+
+@dataclass(frozen=True, slots=True)
+class FixedLengths:
+    """Always verify `length` tokens, as far as there are so many (0 is plain decoding).
+
+    Lossless at any temperature: the length depends on no token.
+    """
+
+    length: int
+
+    def join(self, params: SamplingParams) -> SequenceState | None:
+        return None
+
+    def decide(self, members: Sequence[Member]) -> Decision:
+        return _Fixed(self.length, tuple(member.room for member in members))
+
+
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    length: int
+    rooms: tuple[int, ...]
+
+    @property
+    def drafting(self) -> tuple[bool, ...]:
+        return tuple(self.length > 0 and room > 0 for room in self.rooms)
+
+    @property
+    def observer(self) -> CallObserver | None:
+        return None
+
+    def lengths(self, drafts: Sequence[Draft]) -> tuple[int, ...]:
+        return tuple(
+            min(self.length, room, len(draft.token_ids)) for room, draft in zip(self.rooms, drafts, strict=True)
+        )
+
+    def prediction(self) -> Prediction | None:
+        return None
+
+    def learn(self, accepted: Sequence[int]) -> None:
+        """Nothing to learn."""
+
+
+class GroupScheduling:
+    """The scheduler's decisions for groups.
+
+    Costs depend on how requests are sampled. A group is charged as its dearest member: a round with a filtered request
+    as filtered, one with a drawing request as drawing. What is learned of a request goes with it from group to group.
+
+    Args:
+        costs: by sampler role, as profiled on this device; those of a single kind serve all.
+        pricing: how the engine verifies a group, at given costs.
+        block_size: γ.
+        scheduler: chooses verify lengths.
+        parking: when not to draft.
+        calibration: the drafter's; its acceptance is what the first requests start from.
+    """
+
+    def __init__(
+        self,
+        costs: Costs | Mapping[str, Costs],
+        pricing: Callable[[Costs], Pricing],
+        block_size: int,
+        scheduler: Scheduler | None = None,
+        parking: ParkingOptions | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
+        by_role = costs if isinstance(costs, Mapping) else dict.fromkeys(SAMPLER_ROLES, costs)
+        self._kinds: dict[str, tuple[Controller, CorrectedCosts]] = {}
+        for role in SAMPLER_ROLES:
+            corrected = CorrectedCosts(by_role[role])
+            controller = Controller(
+                scheduler or LookAhead(),
+                pricing(corrected),
+                block_size,
+                parking or ParkingOptions(),
+                mean_conditionals(calibration, 0.0 if role == "sampler_greedy" else 1.0),
+                corrected.target_doubt,
+            )
+            self._kinds[role] = (controller, corrected)
+
+    def join(self, params: SamplingParams) -> SequenceState | None:
+        controller, _ = self._kinds[params.sampler_role]
+        return controller.join()
+
+    def decide(self, members: Sequence[Member]) -> Decision:
+        present = {member.params.sampler_role for member in members}
+        dearest = next(role for role in reversed(SAMPLER_ROLES) if role in present)
+        controller, corrected = self._kinds[dearest]
+        return _Scheduled(controller, corrected, members)
+
+
+class _Scheduled:
+    """One round of a group; see `Controller`."""
+
+    def __init__(self, controller: Controller, costs: CorrectedCosts, members: Sequence[Member]) -> None:
+        self._controller, self._costs, self._members = controller, costs, members
+        self._states = [member.state for member in members if member.state is not None]
+        wanted = controller.drafting(self._states, [member.context for member in members])
+        self._drafting = tuple(wants and member.room > 0 for wants, member in zip(wanted, members, strict=True))
+        self._plan: Plan | None = None
+
+    @property
+    def drafting(self) -> tuple[bool, ...]:
+        return self._drafting
+
+    @property
+    def observer(self) -> CallObserver | None:
+        return self._costs
+
+    def lengths(self, drafts: Sequence[Draft]) -> tuple[int, ...]:
+        offers = [
+            Offer(
+                min(len(draft.token_ids), member.room),
+                draft.confidences,
+                member.context,
+                member.params.greedy,
+            )
+            for draft, member in zip(drafts, self._members, strict=True)
+        ]
+        self._plan = self._controller.plan(self._states, offers)
+        return self._plan.lengths
+
+    def prediction(self) -> Prediction | None:
+        plan = self._plan
+        return None if plan is None else Prediction(plan.draft_s, plan.verify_s, plan.plain_s)
+
+    def learn(self, accepted: Sequence[int]) -> None:
+        if self._plan is not None:
+            self._controller.record(self._states, self._plan, accepted)

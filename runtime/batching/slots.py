@@ -1,0 +1,75 @@
+"""The caches of all slots: one allocation a tensor, a row a sequence.
+
+Which slot holds whose sequence, and how much of it is valid, are numbers that others keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy.typing as npt
+
+from dspark_edge.engines.engine import Buffer, Engine
+from dspark_edge.engines.manifest import GraphSpec
+from dspark_edge.runtime.batching.windows import exchange_rows, row_window
+from dspark_edge.runtime.model import Caches
+
+__all__ = ["SlotCaches"]
+
+
+class SlotCaches:
+    """Key/value buffers [slots, heads, capacity, head size] of target and drafter.
+
+    All slots have one capacity. Where the bundle leaves it open it starts small and doubles for all when one sequence
+    needs it.
+
+    Args:
+        engine: allocates them.
+        slots: sequences.
+    """
+
+    def __init__(self, engine: Engine, slots: int) -> None:
+        self._caches = Caches(engine, engine.bundle.manifest.limits.capacity, slots)
+        self._windows: dict[tuple[str, int, int], Buffer] = {}
+        self._windows_version = self._caches.version
+
+    @property
+    def version(self) -> int:
+        """Changes when windows become void, and with them the calls that are bound to them."""
+        return self._caches.version
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each row at present, tokens."""
+        return self._caches.capacity
+
+    def ensure(self, length: int) -> None:
+        """Make room for `length` tokens in every row, keeping what is cached."""
+        self._caches.ensure(length)
+
+    def write(self, values: Callable[[tuple[int, ...]], npt.ArrayLike]) -> None:
+        """Overwrite all that is cached by what `values` gives for each buffer's shape."""
+        for buffer in self._caches.buffers.values():
+            buffer.write(values(buffer.shape))
+
+    def holds(self, name: str) -> bool:
+        """Whether a graph's input is one of the caches."""
+        return name in self._caches.buffers
+
+    def rows(self, graph: GraphSpec, first: int, count: int) -> dict[str, Buffer]:
+        """The windows on `count` rows that a graph takes as its caches."""
+        if self._windows_version != self.version:
+            self._windows.clear()
+            self._windows_version = self.version
+        taken = {}
+        for name, buffer in self._caches.of(graph).items():
+            key = (name, first, count)
+            if key not in self._windows:
+                self._windows[key] = row_window(buffer, first, count)
+            taken[name] = self._windows[key]
+        return taken
+
+    def exchange(self, one: int, other: int, lengths: tuple[int, int]) -> None:
+        """Exchange two rows' content, as far as it is valid (`lengths`; 0: free)."""
+        for buffer in self._caches.buffers.values():
+            exchange_rows(buffer, one, other, lengths)
