@@ -114,7 +114,9 @@ def test_features_are_the_targets(
         logits = target.logits(hidden[0])
         torch.testing.assert_close(logits.exp().sum(dim=-1).log(), own.log_normalizers, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(module, "_HEAD_ELEMENTS", 5 * 260)  # in pieces of five rows
-    assert torch.equal(log_normalizers(target, found[0].hidden), found[0].log_normalizers)
+    # Products of other sizes may take other kernels, which sum in another order.
+    in_pieces = log_normalizers(target, found[0].hidden)
+    torch.testing.assert_close(in_pieces, found[0].log_normalizers, rtol=1e-6, atol=1e-6)
 
 
 def test_stored_features_are_cut_to_what_fp16_holds() -> None:
