@@ -26,7 +26,7 @@ GAMMA = 3
 
 
 def answer(tokens: int, seconds: float = 1.0) -> Generation:
-    tally = Tally(1, 0, decode_s=seconds, verify_s=seconds)
+    tally = Tally(1, 0, decode_s=seconds)
     return Generation((7,) * tokens, "", "length", (-0.5,) * tokens, tally.result(tokens))
 
 
