@@ -48,7 +48,7 @@ class LogitShift:
     top1_agreement: float  # fraction of positions with the same best token
     divergence: float  # mean over positions of KL(checkpoint ‖ bundle), nats
     worst_margin: float  # the most by which the checkpoint prefers its own best token to the bundle's, nats
-    least_agreement: float = 0.0
+    least_agreement: float = 0.0  # 0: not judged
 
     @property
     def passed(self) -> bool:
@@ -136,7 +136,8 @@ def render(report: ParityReport, console: Console) -> None:
     console.print(table)
     if report.quantization is not None:
         shift = report.quantization
-        console.print(f"quantized weights against fp32, {_in_words(shift)}: {_verdict(shift.passed)}")
+        verdict = f": {_verdict(shift.passed)}" if shift.least_agreement else ""
+        console.print(f"quantized weights against fp32, {_in_words(shift)}{verdict}")
 
 
 def render_text(report: TextReport, console: Console) -> None:

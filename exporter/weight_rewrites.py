@@ -85,16 +85,15 @@ class QuantizeWeights(ir.passes.InPlacePass):
             fits = node.op_type == "MatMul"
         if not fits or node.inputs[1] is not weight:
             raise RuntimeError(f"{weight.name} is used by {node.op_type}, which has no form for quantised weights")
-        shape = weight.shape or ir.Shape(())
-        rows, size = (int(shape[0]), int(shape[1])) if transposed else (int(shape[1]), int(shape[0]))
+        first, second = _sizes(weight)
+        rows, size = (first, second) if transposed else (second, first)
         parts = [self._part(graph, weight, part, layout.part_shape(part, rows, size), part) for part in _PART_TYPES]
         settings = {"K": size, "N": rows, "bits": layout.bits, "block_size": layout.block_size}
         settings["accuracy_level"] = self.accuracy_level
         return _node("MatMulNBits", [node.inputs[0], *parts], settings, node.name)
 
     def _look_up(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, layout: BlockFormat) -> ir.Node:
-        shape = weight.shape or ir.Shape(())
-        rows, size = int(shape[0]), int(shape[1])
+        rows, size = _sizes(weight)
         if size % layout.block_size or node.inputs[0] is not weight:
             raise RuntimeError(f"{weight.name}: rows of {size} are not whole blocks of {layout.block_size}")
         _, blocks, bytes_of_a_block = layout.part_shape("blocks", rows, size)
@@ -117,6 +116,13 @@ class QuantizeWeights(ir.passes.InPlacePass):
             graph.initializers[name] = value
             self.parts[name] = str(weight.name), part
         return graph.initializers[name]
+
+
+def _sizes(weight: ir.Value) -> tuple[int, int]:
+    if weight.shape is None or len(weight.shape) != 2:
+        raise RuntimeError(f"{weight.name} is no matrix")
+    first, second = weight.shape.numpy()
+    return first, second
 
 
 def _node(kind: str, inputs: list[ir.Value | None], settings: Mapping[str, int], name: str | None) -> ir.Node:
