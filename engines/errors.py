@@ -7,6 +7,8 @@
     │   └── MismatchError       target and drafter do not belong together
     ├── BundleError             a bundle is missing, damaged, incomplete, newer, or cannot be written
     ├── EngineError             the backend that executes the graphs refuses or fails
+    ├── QueueFullError          as many requests wait as may; send it again later
+    ├── ClosedError             a generator was closed before a request's end
     └── MissingDependencyError  an optional package is needed; the message holds the install command
 
 Every message names what was given, what was expected and what to do. The command line maps every
@@ -19,11 +21,13 @@ __all__ = [
     "BundleError",
     "CapacityError",
     "CheckpointError",
+    "ClosedError",
     "DSparkError",
     "EngineError",
     "InvalidInputError",
     "MismatchError",
     "MissingDependencyError",
+    "QueueFullError",
 ]
 
 
@@ -53,6 +57,14 @@ class BundleError(DSparkError):
 
 class EngineError(DSparkError):
     """The backend that executes the graphs refuses or fails."""
+
+
+class QueueFullError(DSparkError):
+    """As many requests wait as may. Nothing is wrong with the request: send it again later (HTTP 429)."""
+
+
+class ClosedError(DSparkError):
+    """The generator was closed before the request's end, or before it was sent."""
 
 
 class MissingDependencyError(DSparkError, ImportError):

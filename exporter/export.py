@@ -46,6 +46,18 @@ def _without_tokenizer(checkpoint: Checkpoint) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if name not in _TOKENIZER_FILES}
 
 
+def _text_files(pair: Pair, tokenizer: str | Path | None) -> dict[str, bytes]:
+    """The bundle's text files: the target's, the user's tokenizer instead of its own, the drafter's calibration."""
+    if tokenizer is None:
+        files = pair.target.text_files()
+    else:
+        files = {**_without_tokenizer(pair.target), **_read_tokenizer(tokenizer)}
+    files.pop(_CALIBRATION, None)
+    if pair.drafter is not None and _CALIBRATION in (beside := pair.drafter.text_files()):
+        files[_CALIBRATION] = beside[_CALIBRATION]
+    return files
+
+
 def _write_files(
     writer: BundleWriter, pair: Pair, graphs: Mapping[str, Graph], text_files: Mapping[str, bytes], report: Report
 ) -> None:
@@ -107,13 +119,7 @@ def export_bundle(
         facts = drafter_facts(pair, options)
         capacity = options.resolve_capacity(pair.target_config, facts.block_size)
         check_weights(pair, capacity, facts.candidates, TORCH_DTYPES[options.dtype])
-        if tokenizer is None:
-            text_files = pair.target.text_files()
-        else:
-            text_files = {**_without_tokenizer(pair.target), **_read_tokenizer(tokenizer)}
-        text_files.pop(_CALIBRATION, None)
-        if pair.drafter is not None and _CALIBRATION in (beside := pair.drafter.text_files()):
-            text_files[_CALIBRATION] = beside[_CALIBRATION]
+        text_files = _text_files(pair, tokenizer)
         described = target_facts(pair, text_files)
         report("reading checkpoints", 1, 1)
         writer = stack.enter_context(BundleWriter(Path(output), overwrite))  # refuses a taken output before the work

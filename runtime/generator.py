@@ -7,7 +7,6 @@ with Generator.open("bundle/") as generator:
 
 from __future__ import annotations
 
-import collections.abc
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,11 +16,12 @@ from types import TracebackType
 
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import Engine
-from dspark_edge.engines.errors import CapacityError, InvalidInputError
+from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.engines.profile_device import probe_device
 from dspark_edge.runtime.answer import Answer, Generation
 from dspark_edge.runtime.calibration import Calibration
-from dspark_edge.runtime.chat_template import ChatTemplate, Message
+from dspark_edge.runtime.chat_template import ChatTemplate
+from dspark_edge.runtime.encoding import Prompt, PromptEncoder
 from dspark_edge.runtime.model import ModelDrafter, ModelVerifier
 from dspark_edge.runtime.ngram import NgramDrafter
 from dspark_edge.runtime.round import Drafter, FixedLength, Observer, Policy, Request, decode_round
@@ -36,9 +36,6 @@ __all__ = ["MODES", "Generation", "Generator", "GeneratorOptions", "Piece", "Pro
 MODES = ("plain", "static", "scheduled")
 """plain: the target alone; static: always verify a block of the same length; scheduled: draft and verify what pays on
 this device."""
-
-Prompt = str | collections.abc.Sequence[int] | collections.abc.Sequence[Message]
-"""Text, token ids, or the messages of a conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +101,7 @@ class Generator:
         self._engine = engine
         self.options = options or GeneratorOptions()
         self.bundle = engine.bundle
-        manifest = self.bundle.manifest
-        self._vocabulary = manifest.target.vocab_size
-        self._eos_ids = frozenset(manifest.target.eos_token_ids)
-        self.tokenizer = Tokenizer.load(self.bundle.path)
-        self.chat_template = ChatTemplate.load(self.bundle.path) if self.tokenizer else None
+        self._encoder = PromptEncoder.of(self.bundle)
         self._verifier = ModelVerifier(engine, self.options.prefill_chunk)
         self._length = 0  # verified a round where nothing is scheduled
         self._drafter, self._scheduling = self._plan(make_drafter, calibration, scheduling)
@@ -154,6 +147,16 @@ class Generator:
             raise
 
     @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The bundle's; None where it has none."""
+        return self._encoder.tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The bundle's; None where it has none, or no tokenizer."""
+        return self._encoder.chat_template
+
+    @property
     def capacity(self) -> int:
         """Most tokens of a prompt and its answer together."""
         return self._verifier.capacity
@@ -189,18 +192,7 @@ class Generator:
         Raises:
             InvalidInputError: the bundle has no tokenizer or chat template for it, or an id is out of range.
         """
-        if not isinstance(prompt, str) and all(isinstance(part, Message) for part in prompt) and len(prompt):
-            return self._encode_messages([part for part in prompt if isinstance(part, Message)])
-        if isinstance(prompt, str):
-            if self.chat_template is not None and not raw:
-                return self._encode_messages([Message("user", prompt)])
-            return self._tokenizer("a text prompt").encode(prompt, add_special_tokens=True)
-        token_ids: list[int] = []
-        for token in prompt:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self._vocabulary:
-                raise InvalidInputError(f"token id {token!r} is outside the vocabulary of {self._vocabulary} tokens")
-            token_ids.append(token)
-        return token_ids
+        return self._encoder.encode(prompt, raw=raw)
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Generation:
         """The whole answer to a prompt; see `stream`."""
@@ -217,16 +209,7 @@ class Generator:
             EngineError: the backend failed.
         """
         params = params or SamplingParams()
-        token_ids = self.encode(prompt, raw=raw)
-        if not token_ids:
-            raise InvalidInputError("the prompt is empty; give at least one token")
-        if len(token_ids) > self.capacity:
-            raise CapacityError(
-                f"the prompt has {len(token_ids)} tokens, the bundle's capacity is {self.capacity}; "
-                "shorten it, or export with a larger --capacity"
-            )
-        if params.stop:
-            self._tokenizer("a stop text")
+        token_ids = self._encoder.checked(prompt, params, self.capacity, raw=raw)
         self._cancelled.clear()
         return self._decode(token_ids, params)
 
@@ -266,18 +249,6 @@ class Generator:
             return self._scheduling.policy(params)
         return FixedLength(self._length)
 
-    def _tokenizer(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise InvalidInputError(f"the bundle has no tokenizer, which {what} needs; give token ids")
-        return self.tokenizer
-
-    def _encode_messages(self, messages: list[Message]) -> list[int]:
-        tokenizer = self._tokenizer("a conversation")
-        if self.chat_template is None:
-            raise InvalidInputError("the bundle has no chat template; give a text (raw) or token ids")
-        # The template writes the special tokens itself.
-        return tokenizer.encode(self.chat_template.render(messages), add_special_tokens=False)
-
     def _reuse(self, token_ids: list[int]) -> int:
         """Leading tokens that the caches hold already; at least one is left to run, for its logits."""
         if self._sequence is None:
@@ -297,7 +268,7 @@ class Generator:
         request = Request(sequence, params, RandomStream(params.seed))
         policy = self._policy(params)
         tally = Tally(len(token_ids), reused)
-        answer = Answer(sequence, params, self._eos_ids, self.capacity, self.tokenizer)
+        answer = Answer(sequence, params, self._encoder.eos_ids, self.capacity, self.tokenizer)
         self._sequence = None  # until a call has ended well, the caches are nobody's
         verdict = self._verifier.prefill(request)
         sequence.commit((verdict.next_id,), verdict.log_probs)

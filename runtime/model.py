@@ -129,12 +129,6 @@ class _SamplerCall:
         return Verdict(accepted, int(buffers["next_ids"].read()[0]), tuple(log_probs))
 
 
-def _sampler_role(params: SamplingParams) -> str:
-    if params.greedy:
-        return "sampler_greedy"
-    return "sampler_filtered" if params.filtered else "sampler"
-
-
 class ModelVerifier:
     """The target graph with the sampler behind it.
 
@@ -220,7 +214,7 @@ class ModelVerifier:
 
     def _accept(self, request: Request, logits: Buffer, draft: Draft, verify_length: int) -> Verdict:
         candidates = draft.candidates or self._nothing_drafted
-        role = _sampler_role(request.params)
+        role = request.params.sampler_role
         key = (role, logits.shape[1], id(candidates))
         sampler = self._samplers.get(key)
         if sampler is None:

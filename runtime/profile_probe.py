@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import Buffer, Call, Engine
@@ -21,7 +22,7 @@ from dspark_edge.runtime.round import NO_DRAFT, Candidates, Draft, Drafter, Requ
 from dspark_edge.runtime.sampling import RandomStream, SamplingParams
 from dspark_edge.runtime.sequence import Sequence
 
-__all__ = ["Clock", "RoundProbe", "RoundTimes", "StreamProbe"]
+__all__ = ["Clock", "EngineView", "RoundProbe", "RoundTimes", "StreamProbe", "cache_noise"]
 
 Clock = Callable[[], float]
 
@@ -84,7 +85,8 @@ class StreamProbe:
         self._verifier = ModelVerifier(self._engine, _PREFILL_CHUNK)
         caches = self._verifier.caches
         caches.ensure(longest)  # growing later would void what rounds have bound
-        _fill(caches.buffers)
+        for buffer in caches.buffers.values():
+            buffer.write(cache_noise(buffer.shape))
         self._drafter = self._make_drafter(engine.bundle)
         self._stand_in = self._make_stand_in()
         self._sequences: dict[int, Sequence] = {}  # by context
@@ -134,12 +136,11 @@ class StreamProbe:
         return Draft((0,) * size, None, candidates)
 
 
-class _MarkingEngine:
-    """An engine that notes when the last run of each graph ended. Whoever opened the other one closes it."""
+class EngineView:
+    """Another engine's graphs and memory, for probes that time its calls. Whoever opened the other one closes it."""
 
-    def __init__(self, engine: Engine, clock: Clock) -> None:
-        self._engine, self._clock = engine, clock
-        self.ended: dict[str, float] = {}  # role → time
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     @property
     def bundle(self) -> Bundle:
@@ -149,18 +150,30 @@ class _MarkingEngine:
         return self._engine.allocate(dtype, shape)
 
     def bind(self, role: str, buffers: Mapping[str, Buffer]) -> Call:
-        return _MarkingCall(self._engine.bind(role, buffers), role, self.ended, self._clock)
+        return self._engine.bind(role, buffers)
 
     def close(self) -> None:
         """Nothing: the engine behind it is not its own."""
 
-    def __enter__(self) -> _MarkingEngine:
+    def __enter__(self) -> EngineView:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _MarkingEngine(EngineView):
+    """Notes when the last run of each graph ended."""
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        super().__init__(engine)
+        self._clock = clock
+        self.ended: dict[str, float] = {}  # role → time
+
+    def bind(self, role: str, buffers: Mapping[str, Buffer]) -> Call:
+        return _MarkingCall(super().bind(role, buffers), role, self.ended, self._clock)
 
 
 class _MarkingCall:
@@ -174,9 +187,7 @@ class _MarkingCall:
         self._ended[self._role] = self._clock()
 
 
-def _fill(buffers: Mapping[str, Buffer]) -> None:
-    """Put noise into the caches: untouched memory is one page of zeros, which is read faster than any real cache."""
-    generator = np.random.default_rng(_SEED)
-    for buffer in buffers.values():
-        slots = generator.standard_normal((1, 1, *buffer.shape[2:]), dtype=np.float32)
-        buffer.write(np.broadcast_to(slots, buffer.shape))
+def cache_noise(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """For caches: untouched memory is one page of zeros, which is read faster than any real cache."""
+    slots = np.random.default_rng(_SEED).standard_normal((1, 1, *shape[2:]), dtype=np.float32)
+    return np.broadcast_to(slots, shape)

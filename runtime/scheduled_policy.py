@@ -6,7 +6,7 @@ times for the costs, what was accepted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,11 +25,12 @@ from dspark_edge.runtime.scheduling import (
     Offer,
     ParkingOptions,
     Plan,
+    Pricing,
     Scheduler,
     Serial,
 )
 
-__all__ = ["ScheduledPolicy", "StreamScheduling", "mean_conditionals", "profiled_costs"]
+__all__ = ["Kind", "ScheduledPolicy", "StreamScheduling", "kinds_of", "mean_conditionals", "profiled_costs"]
 
 
 def mean_conditionals(calibration: Calibration | None, temperature: float) -> tuple[float, ...] | None:
@@ -69,11 +70,44 @@ def profiled_costs(bundle: Bundle, device: Device, *, needed: bool) -> Mapping[s
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class Kind:
     """Requests whose rounds cost alike: one kind of sampler."""
 
     controller: Controller
     costs: CorrectedCosts
+
+
+def kinds_of(
+    costs: Mapping[str, Costs],
+    pricing: Callable[[Costs], Pricing],
+    block_size: int,
+    scheduler: Scheduler | None,
+    parking: ParkingOptions | None,
+    calibration: Calibration | None,
+) -> dict[str, Kind]:
+    """A controller, with costs that follow the machine, for each kind of sampler that costs are given of.
+
+    Args:
+        costs: by sampler role, as profiled on this device.
+        pricing: how the engine verifies requests, at given costs.
+        block_size: γ.
+        scheduler: chooses verify lengths; None: the default.
+        parking: when not to draft; None: the default.
+        calibration: the drafter's; its acceptance is what the first requests start from.
+    """
+    kinds = {}
+    for role, profiled in costs.items():
+        corrected = CorrectedCosts(profiled)
+        controller = Controller(
+            scheduler or LookAhead(),
+            pricing(corrected),
+            block_size,
+            parking or ParkingOptions(),
+            mean_conditionals(calibration, 0.0 if role == "sampler_greedy" else 1.0),
+            corrected.target_doubt,
+        )
+        kinds[role] = Kind(controller, corrected)
+    return kinds
 
 
 class StreamScheduling:
@@ -83,7 +117,7 @@ class StreamScheduling:
         costs: by sampler role (`sampler_greedy`, `sampler`, `sampler_filtered`), as profiled on this device.
         block_size: γ.
         scheduler: chooses verify lengths.
-        parking: None never parks.
+        parking: when not to draft.
         calibration: the drafter's; its acceptance is what the first request starts from.
     """
 
@@ -95,19 +129,7 @@ class StreamScheduling:
         parking: ParkingOptions | None = None,
         calibration: Calibration | None = None,
     ) -> None:
-        self._kinds: dict[str, _Kind] = {}
-        for role, profiled in costs.items():
-            corrected = CorrectedCosts(profiled)
-            temperature = 0.0 if role == "sampler_greedy" else 1.0
-            controller = Controller(
-                scheduler or LookAhead(),
-                Serial(corrected),
-                block_size,
-                parking or ParkingOptions(),
-                mean_conditionals(calibration, temperature),
-                corrected.target_doubt,
-            )
-            self._kinds[role] = _Kind(controller, corrected)
+        self._kinds = kinds_of(costs, Serial, block_size, scheduler, parking, calibration)
 
     @classmethod
     def of_device(cls, bundle: Bundle, device: Device, *, needed: bool) -> StreamScheduling | None:

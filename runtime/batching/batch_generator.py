@@ -18,10 +18,8 @@ from time import perf_counter
 from types import TracebackType
 
 from dspark_edge.engines.bundle import Bundle
-from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.engines.errors import ClosedError, InvalidInputError, QueueFullError
 from dspark_edge.runtime.answer import Answer, Generation
-from dspark_edge.runtime.batching.encoding import PromptEncoder
-from dspark_edge.runtime.batching.errors import ClosedError, QueueFullError
 from dspark_edge.runtime.batching.executor import Executor
 from dspark_edge.runtime.batching.group_round import decode_group
 from dspark_edge.runtime.batching.lane import Lane
@@ -29,6 +27,7 @@ from dspark_edge.runtime.batching.options import BatchOptions
 from dspark_edge.runtime.batching.policy import FixedLengths, GroupPolicy
 from dspark_edge.runtime.batching.slot_table import SlotTable
 from dspark_edge.runtime.batching.ticket import Event, Ticket
+from dspark_edge.runtime.encoding import PromptEncoder
 from dspark_edge.runtime.generator import Prompt
 from dspark_edge.runtime.round import Request
 from dspark_edge.runtime.sampling import RandomStream, SamplingParams

@@ -11,12 +11,11 @@ from dspark_edge.runtime.batching.drafting import CallObserver
 from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.round import Draft, Prediction
 from dspark_edge.runtime.sampling import SamplingParams
-from dspark_edge.runtime.scheduled_policy import mean_conditionals
+from dspark_edge.runtime.scheduled_policy import kinds_of
 from dspark_edge.runtime.scheduling import (
     Controller,
     CorrectedCosts,
     Costs,
-    LookAhead,
     Offer,
     ParkingOptions,
     Plan,
@@ -135,28 +134,16 @@ class GroupScheduling:
         calibration: Calibration | None = None,
     ) -> None:
         by_role = costs if isinstance(costs, Mapping) else dict.fromkeys(SAMPLER_ROLES, costs)
-        self._kinds: dict[str, tuple[Controller, CorrectedCosts]] = {}
-        for role in SAMPLER_ROLES:
-            corrected = CorrectedCosts(by_role[role])
-            controller = Controller(
-                scheduler or LookAhead(),
-                pricing(corrected),
-                block_size,
-                parking or ParkingOptions(),
-                mean_conditionals(calibration, 0.0 if role == "sampler_greedy" else 1.0),
-                corrected.target_doubt,
-            )
-            self._kinds[role] = (controller, corrected)
+        self._kinds = kinds_of(by_role, pricing, block_size, scheduler, parking, calibration)
 
     def join(self, params: SamplingParams) -> SequenceState | None:
-        controller, _ = self._kinds[params.sampler_role]
-        return controller.join()
+        return self._kinds[params.sampler_role].controller.join()
 
     def decide(self, members: Sequence[Member]) -> Decision:
         present = {member.params.sampler_role for member in members}
         dearest = next(role for role in reversed(SAMPLER_ROLES) if role in present)
-        controller, corrected = self._kinds[dearest]
-        return _Scheduled(controller, corrected, members)
+        kind = self._kinds[dearest]
+        return _Scheduled(kind.controller, kind.costs, members)
 
 
 class _Scheduled:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from time import perf_counter
-from types import TracebackType
 
-import numpy as np
-import numpy.typing as npt
-
-from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import Buffer, Call, Engine
 from dspark_edge.engines.profile import SamplerRole
 from dspark_edge.runtime.batching.executor import ModelExecutor, choose_grouping
-from dspark_edge.runtime.profile_probe import PARAMS, Clock, RoundTimes
+from dspark_edge.runtime.profile_probe import PARAMS, Clock, EngineView, RoundTimes, cache_noise
 from dspark_edge.runtime.round import Draft, Request
 from dspark_edge.runtime.sampling import RandomStream
 from dspark_edge.runtime.sequence import Sequence
@@ -48,7 +43,7 @@ class BatchProbe:
         grouping = choose_grouping(engine, "auto")
         self._executor = ModelExecutor(self._engine, batch, grouping, True, _PREFILL_CHUNK)
         self._executor.caches.ensure(longest)  # growing later would void what rounds have bound
-        self._executor.caches.write(_noise)
+        self._executor.caches.write(cache_noise)
         self._requests: dict[tuple[int, SamplerRole], list[Request]] = {}
         self._stand_in = Draft((0,) * self._block_size)
 
@@ -83,45 +78,22 @@ class BatchProbe:
         return requests
 
 
-def _noise(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """For caches: untouched memory is one page of zeros, which is read faster than any real cache."""
-    slots = np.random.default_rng(_SEED).standard_normal((1, 1, *shape[2:]), dtype=np.float32)
-    return np.broadcast_to(slots, shape)
-
-
-class _TimingEngine:
-    """An engine that sums what its samplers' runs take. Whoever opened the other one closes it."""
+class _TimingEngine(EngineView):
+    """Sums what its samplers' runs take."""
 
     def __init__(self, engine: Engine, clock: Clock) -> None:
-        self._engine, self._clock = engine, clock
+        super().__init__(engine)
+        self._clock = clock
         self.sampler_s = 0.0
 
-    @property
-    def bundle(self) -> Bundle:
-        return self._engine.bundle
-
-    def allocate(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
-        return self._engine.allocate(dtype, shape)
-
     def bind(self, role: str, buffers: Mapping[str, Buffer]) -> Call:
-        call = self._engine.bind(role, buffers)
+        call = super().bind(role, buffers)
         return _TimedCall(call, self) if role.startswith("sampler") else call
 
     def time(self, call: Call) -> None:
         started = self._clock()
         call.run()
         self.sampler_s += self._clock() - started
-
-    def close(self) -> None:
-        """Nothing: the engine behind it is not its own."""
-
-    def __enter__(self) -> _TimingEngine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _TimedCall:

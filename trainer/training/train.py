@@ -16,7 +16,7 @@ import torch
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.engines.machine import installed_version
 from dspark_edge.exporter.checkpoint import open_checkpoint
-from dspark_edge.exporter.configuration import DecoderConfig, read_decoder_config
+from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig, read_decoder_config
 from dspark_edge.trainer.memory import format_bytes
 from dspark_edge.trainer.target_model import TargetModel
 from dspark_edge.trainer.training.checkpoints import drafter_config_json, save_drafter, write_text
@@ -107,17 +107,8 @@ def train_drafter(
             config = read_decoder_config(config_json, str(target))
         examples = read_examples(responses, config.vocab_size, resources.max_length)
         split = split_examples(examples, training.held_out)
-        mask_token_id = drafter.mask_token_id
-        if mask_token_id is None and training.warm_start not in WARM_STARTS:
-            mask_token_id = read_shape(Path(training.warm_start)).mask_token_id
-        if mask_token_id is None:
-            mask_token_id = unused_token(examples, config)
-        shape = drafter.shape(config, mask_token_id)
-        vocabulary = None
-        if shape.draft_vocab_size is not None:
-            vocabulary = choose_draft_vocabulary(split.train, config.vocab_size, shape.draft_vocab_size)
-            share = coverage(split.held_out, config.vocab_size, vocabulary)
-            listener.say(f"draft vocabulary: {len(vocabulary)} tokens, {share:.2%} of the held-out responses")
+        shape = drafter.shape(config, _mask_token(drafter, training, examples, config))
+        vocabulary = _draft_vocabulary(shape, split, listener)
         longest = max(len(example) for example in examples)
         model = TargetModel.load(target, longest, processes.device, _target_dtype(processes))
         with _Stores(model, split, shape.tap_layers, output, resources, listener, processes) as stores:
@@ -139,6 +130,28 @@ def train_drafter(
             f"a step took {outcome.median_step_s:.2f} s (median); peak memory {format_bytes(outcome.peak_memory)}"
         )
         return outcome
+
+
+def _draft_vocabulary(shape: DrafterConfig, split: Split, listener: Listener) -> np.ndarray | None:
+    """[P] ids that the drafter drafts; None: the whole vocabulary."""
+    if shape.draft_vocab_size is None:
+        return None
+    size = shape.backbone.vocab_size
+    vocabulary = choose_draft_vocabulary(split.train, size, shape.draft_vocab_size)
+    share = coverage(split.held_out, size, vocabulary)
+    listener.say(f"draft vocabulary: {len(vocabulary)} tokens, {share:.2%} of the held-out responses")
+    return vocabulary
+
+
+def _mask_token(
+    drafter: DrafterSettings, training: TrainingSettings, examples: Sequence[Example], config: DecoderConfig
+) -> int:
+    """The one that is asked for, that of the drafter to go on from, or one that is free."""
+    if drafter.mask_token_id is not None:
+        return drafter.mask_token_id
+    if training.warm_start not in WARM_STARTS:
+        return read_shape(Path(training.warm_start)).mask_token_id
+    return unused_token(examples, config)
 
 
 def unused_token(examples: Sequence[Example], config: DecoderConfig) -> int:

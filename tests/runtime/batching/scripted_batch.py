@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from dspark_edge.engines.errors import EngineError
 from dspark_edge.runtime.batching import BatchGenerator, BatchOptions, GroupScheduling
 from dspark_edge.runtime.batching.drafting import CallObserver
-from dspark_edge.runtime.batching.encoding import PromptEncoder
 from dspark_edge.runtime.batching.grouping import DenseGrouping, Grouping
+from dspark_edge.runtime.encoding import PromptEncoder
 from dspark_edge.runtime.round import NO_DRAFT, Draft, Request, Verdict
 from dspark_edge.runtime.scheduling import Costs, Pricing
 

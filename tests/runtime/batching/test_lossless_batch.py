@@ -16,8 +16,8 @@ from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.runtime import SamplingParams
 from dspark_edge.runtime.batching import BatchGenerator, BatchOptions, GroupScheduling
 from dspark_edge.runtime.batching.drafting import CallObserver
-from dspark_edge.runtime.batching.encoding import PromptEncoder
 from dspark_edge.runtime.batching.executor import ModelExecutor, choose_grouping
+from dspark_edge.runtime.encoding import PromptEncoder
 from dspark_edge.runtime.scheduling import Lagged, LookAhead, Scheduler
 
 from ..scripted import TableCosts

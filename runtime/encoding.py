@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections.abc
+
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.errors import CapacityError, InvalidInputError
 from dspark_edge.runtime.chat_template import ChatTemplate, Message
-from dspark_edge.runtime.generator import Prompt
 from dspark_edge.runtime.sampling import SamplingParams
 from dspark_edge.runtime.tokenizer import Tokenizer
 
-__all__ = ["PromptEncoder"]
+__all__ = ["Prompt", "PromptEncoder"]
+
+Prompt = str | collections.abc.Sequence[int] | collections.abc.Sequence[Message]
+"""Text, token ids, or the messages of a conversation."""
 
 
 class PromptEncoder:
@@ -29,7 +33,7 @@ class PromptEncoder:
         chat_template: ChatTemplate | None = None,
     ) -> None:
         self._vocabulary = vocab_size
-        self.eos_ids, self.tokenizer, self._template = eos_ids, tokenizer, chat_template
+        self.eos_ids, self.tokenizer, self.chat_template = eos_ids, tokenizer, chat_template
 
     @classmethod
     def of(cls, bundle: Bundle) -> PromptEncoder:
@@ -54,7 +58,7 @@ class PromptEncoder:
             InvalidInputError: there is no tokenizer or chat template for it, or an id is out of range.
         """
         if isinstance(prompt, str):
-            if self._template is not None and not raw:
+            if self.chat_template is not None and not raw:
                 return self._encode_messages([Message("user", prompt)])
             return self._tokenizer("a text prompt").encode(prompt, add_special_tokens=True)
         messages = [part for part in prompt if isinstance(part, Message)]
@@ -91,10 +95,10 @@ class PromptEncoder:
 
     def _encode_messages(self, messages: list[Message]) -> list[int]:
         tokenizer = self._tokenizer("a conversation")
-        if self._template is None:
+        if self.chat_template is None:
             raise InvalidInputError("the bundle has no chat template; give a text (raw) or token ids")
         # The template writes the special tokens itself.
-        return tokenizer.encode(self._template.render(messages), add_special_tokens=False)
+        return tokenizer.encode(self.chat_template.render(messages), add_special_tokens=False)
 
     def _tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:
