@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -182,12 +182,9 @@ class Profile(Record):
             if not points:
                 raise BundleError(f"{at} is empty")
             grid = [(point.batch, point.width, point.context) for point in points]
-            batches, widths, contexts = (len(set(axis)) for axis in zip(*grid, strict=True))
-            if len(set(grid)) < len(grid) or batches * widths * contexts != len(grid):
-                raise BundleError(
-                    f"{at} has {len(grid)} points, expected one for each of {batches} batches x {widths} widths x "
-                    f"{contexts} contexts"
-                )
+            _, widths, contexts = (len(set(axis)) for axis in zip(*grid, strict=True))
+            if (problem := _grid_problem(grid)) is not None:
+                raise BundleError(f"{at}: {problem}")
             if (role.startswith("drafter") and widths > 1) or (role.startswith("sampler") and contexts > 1):
                 axis = "width" if role.startswith("drafter") else "context"
                 raise BundleError(f"{at} has points of several {axis}s; expected one")
@@ -253,11 +250,61 @@ def _writing(path: Path) -> Iterator[None]:
         raise BundleError(write_problem(path, error)) from error
 
 
+def _grid_problem(grid: Sequence[tuple[int, int, int]]) -> str | None:
+    """What is wrong with the (batch, width, context) of a role's points; None where nothing is.
+
+    Each batch has a full grid of widths and contexts, and none has what the smallest has not.
+    """
+    if len(set(grid)) < len(grid):
+        return "a cost stands there twice"
+    smallest = min(batch for batch, _, _ in grid)
+    _, first_widths, first_contexts = _axes(grid, smallest)
+    for batch in sorted({batch for batch, _, _ in grid}):
+        count, widths, contexts = _axes(grid, batch)
+        if len(widths) * len(contexts) != count:
+            return (
+                f"batch {batch} has {count} points, expected one for each of {len(widths)} widths x {len(contexts)} "
+                "contexts"
+            )
+        if not widths <= first_widths or not contexts <= first_contexts:
+            return f"batch {batch} has widths or contexts that batch {smallest} has not"
+    return None
+
+
+def _axes(grid: Sequence[tuple[int, int, int]], batch: int) -> tuple[int, set[int], set[int]]:
+    """Points of a batch, its widths, its contexts."""
+    of_batch = [(width, context) for one, width, context in grid if one == batch]
+    return len(of_batch), {width for width, _ in of_batch}, {context for _, context in of_batch}
+
+
 def _table(role: str, points: tuple[CostPoint, ...]) -> CostTable:
     block = role.startswith("drafter")  # the width of which is given: it is asked for as width 1
-    grid = {(point.batch, 1 if block else point.width, point.context): point for point in points}
-    batches, widths, contexts = (sorted(set(axis)) for axis in zip(*grid, strict=True))
-    rows = [[[grid[b, w, c] for c in contexts] for w in widths] for b in batches]
-    medians = np.array([[[point.median_s for point in row] for row in plane] for plane in rows])
-    deviations = np.array([[[point.deviation_s for point in row] for row in plane] for plane in rows])
-    return fit_table(batches, widths, contexts, medians, deviations)
+    measured = {(point.batch, 1 if block else point.width, point.context): point for point in points}
+    batches, widths, contexts = (sorted(set(axis)) for axis in zip(*measured, strict=True))
+    grid = {
+        (batch, width, context): _cost(measured, batches[0], batch, width, context)
+        for batch in batches
+        for width in widths
+        for context in contexts
+    }
+    cells = np.array([[[grid[b, w, c] for c in contexts] for w in widths] for b in batches])  # [B, W, C, 2]
+    return fit_table(batches, widths, contexts, cells[..., 0], cells[..., 1])
+
+
+def _cost(
+    measured: Mapping[tuple[int, int, int], CostPoint], smallest: int, batch: int, width: int, context: int
+) -> tuple[float, float]:
+    """Seconds of a call and their deviation, as measured, or derived from the smallest batch's.
+
+    A width that a larger batch lacks is run by one sequence after another. With contexts that it lacks it grows like
+    as many small ones: attention is each sequence's own.
+    """
+    if (point := measured.get((batch, width, context))) is not None:
+        return point.median_s, point.deviation_s
+    one, times = measured[smallest, width, context], batch / smallest
+    shorter = [c for b, w, c in measured if (b, w) == (batch, width) and c < context]
+    if not shorter:
+        return times * one.median_s, times * one.deviation_s
+    known, from_one = measured[batch, width, max(shorter)], measured[smallest, width, max(shorter)]
+    rise = times * (one.median_s - from_one.median_s)
+    return known.median_s + max(rise, 0.0), math.hypot(known.deviation_s, times * one.deviation_s)

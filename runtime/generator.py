@@ -28,7 +28,7 @@ from dspark_edge.runtime.round import Drafter, FixedLength, Observer, Policy, Re
 from dspark_edge.runtime.sampling import RandomStream, SamplingParams
 from dspark_edge.runtime.scheduled_policy import StreamScheduling
 from dspark_edge.runtime.sequence import Sequence
-from dspark_edge.runtime.statistics import Tally
+from dspark_edge.runtime.statistics import EngineStatistics, EngineTally, Tally
 from dspark_edge.runtime.tokenizer import Tokenizer
 
 __all__ = ["MODES", "Generation", "Generator", "GeneratorOptions", "Piece", "Prompt"]
@@ -108,6 +108,7 @@ class Generator:
         self._observer = observer
         self._sequence: Sequence | None = None  # what the caches hold
         self._cancelled = threading.Event()
+        self._totals = EngineTally()
 
     @classmethod
     def open(
@@ -160,6 +161,11 @@ class Generator:
     def capacity(self) -> int:
         """Most tokens of a prompt and its answer together."""
         return self._verifier.capacity
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """Of all answers so far together, a running one included."""
+        return self._totals.result()
 
     def close(self) -> None:
         """Release the engine. May be called twice."""
@@ -275,12 +281,14 @@ class Generator:
         self._sequence = sequence
         text = answer.take_in()
         tally.time_to_first_token_s = perf_counter() - started
+        self._totals.add_prefill(tally.time_to_first_token_s)
         while True:
             if answer.finish_reason is None and self._cancelled.is_set():
                 answer.finish_reason = "cancelled"
             if answer.finish_reason is not None:
                 text += answer.finish_text()
                 generation = answer.result(tally)
+                self._totals.end_request(len(token_ids), len(generation.token_ids))
                 yield Piece(text, answer.last_ids, generation)
                 return
             yield Piece(text, answer.last_ids)
@@ -294,6 +302,8 @@ class Generator:
             self._sequence = sequence
             text = answer.take_in()
             tally.add(record)
-            tally.decode_s += perf_counter() - round_started
+            seconds = perf_counter() - round_started
+            tally.decode_s += seconds
+            self._totals.add_step((record,), seconds)
             if self._observer is not None:
                 self._observer(record)

@@ -24,7 +24,7 @@ from dspark_edge.engines.profile import SAMPLER_ROLES, SCHEMA_VERSION, CostPoint
 from dspark_edge.engines.profile_device import Device
 from dspark_edge.runtime.profile_probe import Clock, RoundProbe, RoundTimes, StreamProbe
 
-__all__ = ["ProfilePlan", "measure", "plan_profile", "profile_engine"]
+__all__ = ["ProfilePlan", "measure", "plan_profile", "profile_engine", "usual_batches"]
 
 Progress = Callable[[float], None]
 """Is told the share of the work that is done."""
@@ -32,6 +32,8 @@ Progress = Callable[[float], None]
 _CONTEXTS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _ALL_WIDTHS_TO = 16  # beyond, both sides of the edges of common tiles are measured, and little in between
 _WIDE_STEPS = (17, 24, 32, 33, 48, 64, 65, 96, 128)
+_BATCHES = (1, 2, 4, 8)
+_LONGEST_SHARED = 512  # tokens, of several sequences: attention is each one's own, so that longer contexts can be told
 _LEAST_SWEEPS = 3  # whatever the budget: a median of fewer says nothing of its spread
 _SWEEPS_BEFORE_PRECISE = 8  # fewer samples may be alike by chance
 _PRECISE = 0.01  # standard error of each median, as a share of it, that ends the measurement early
@@ -49,14 +51,29 @@ class ProfilePlan:
     batches: tuple[int, ...]  # rising
     widths: tuple[int, ...]  # rising, from 1 to γ + 1
     contexts: tuple[int, ...]  # rising: cached tokens of each sequence
+    shared_widths: tuple[int, ...]  # of these, those at which several sequences share a call
     samplers: tuple[SamplerRole, ...]
     block_size: int  # γ
     budget_s: float  # seconds to measure for; three sweeps are made at least
 
     @property
     def longest(self) -> int:
-        """Cache slots that the rounds need."""
-        return self.contexts[-1] + self.block_size + 1
+        """Cache slots that the rounds of a single sequence need."""
+        return self.slots(1)
+
+    def widths_of(self, batch: int) -> tuple[int, ...]:
+        """What is measured at a batch; calls that are a single sequence's are measured there alone."""
+        return self.widths if batch == 1 else self.shared_widths
+
+    def contexts_of(self, batch: int) -> tuple[int, ...]:
+        """What is measured at a batch: caches of many sequences shall fit beside each other."""
+        if batch == 1:
+            return self.contexts
+        return tuple(context for context in self.contexts if context <= _LONGEST_SHARED) or self.contexts[:1]
+
+    def slots(self, batch: int) -> int:
+        """Cache slots of a sequence that the rounds of a batch need."""
+        return self.contexts_of(batch)[-1] + self.block_size + 1
 
 
 def plan_profile(
@@ -72,7 +89,7 @@ def plan_profile(
         manifest: the bundle's.
         widths: empty for all of them, or of a wide block for those around the edges of tiles.
         contexts: empty for 128, 512, 1024, 2048, … and the longest that the capacity allows.
-        batches: empty for 1 alone.
+        batches: empty for 1 alone; see `usual_batches`.
         budget_s: seconds to measure for.
 
     Raises:
@@ -94,19 +111,29 @@ def plan_profile(
                 f"context {context}: the bundle's capacity of {capacity} tokens leaves room for 0 to {longest}, with "
                 f"{block + 1} tokens of a round behind them"
             )
+    serial = manifest.lowering == "ort"  # whose attention takes several sequences at width 1, however many
     for batch in batches:
-        if not 1 <= batch <= manifest.limits.max_batch:
+        if batch < 1 or (batch > manifest.limits.max_batch and not serial):
             raise InvalidInputError(f"batch {batch}: the bundle was exported for 1 to {manifest.limits.max_batch}")
     if not budget_s > 0:
         raise InvalidInputError(f"the budget is {budget_s} s, expected more than 0")
+    measured = tuple(sorted({1, block + 1, *(widths or _usual_widths(block + 1))}))
     return ProfilePlan(
-        batches=tuple(sorted(set(batches))) or (1,),
-        widths=tuple(sorted({1, block + 1, *(widths or _usual_widths(block + 1))})),
+        batches=tuple(sorted({1, *batches})),  # what larger batches lack is derived from a single sequence's
+        widths=measured,
+        shared_widths=(1,) if serial else measured,
         contexts=tuple(sorted(set(contexts))) or _usual_contexts(longest),
         samplers=tuple(role for role in SAMPLER_ROLES if role in manifest.graphs),
         block_size=block,
         budget_s=budget_s,
     )
+
+
+def usual_batches(manifest: Manifest) -> tuple[int, ...]:
+    """Batches that are worth measuring of a bundle, on an engine that decodes several sequences at once."""
+    if manifest.lowering == "ort":
+        return _BATCHES
+    return tuple(batch for batch in _BATCHES if batch <= manifest.limits.max_batch)
 
 
 def profile_engine(
@@ -124,15 +151,15 @@ def profile_engine(
         plan: of this bundle.
         device: what the engine runs on, see `probe_device`.
         progress: is told after every round.
-        make_probe: makes the probe of a batch size; None measures single streams.
+        make_probe: makes the probe of a batch size; None: as single streams and batches are decoded.
         clock: seconds.
 
     Raises:
         InvalidInputError: a batch cannot be measured.
         EngineError: the backend failed.
     """
-    make = make_probe or StreamProbe
-    probes = [make(engine, batch, plan.longest) for batch in plan.batches]
+    make = make_probe or _usual_probe
+    probes = [make(engine, batch, plan.slots(batch)) for batch in plan.batches]
     points = measure(probes, plan, progress, clock)
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     return Profile(SCHEMA_VERSION, now, _version(), graphs_digest(engine.bundle.manifest), device, points)
@@ -157,7 +184,7 @@ def measure(
     sweep_s = 0.0
     while not samples.enough(clock() - started + sweep_s):
         sweep_started = clock()
-        visits = [(probe, place) for probe in probes for place in range(len(plan.contexts))]
+        visits = [(probe, place) for probe in probes for place in range(len(plan.contexts_of(probe.batch)))]
         order.shuffle(visits)
         for done, (probe, place) in enumerate(visits):
             for visited in _visit(probe, place, plan, samples, order):
@@ -211,6 +238,15 @@ class _Samples:
         self._times.setdefault((role, batch, width, context), []).append(seconds)
 
 
+def _usual_probe(engine: Engine, batch: int, slots: int) -> RoundProbe:
+    """A probe of rounds as they are decoded: of a single stream, or of a batch."""
+    if batch == 1:
+        return StreamProbe(engine, batch, slots)
+    from dspark_edge.runtime.batching.probe import BatchProbe
+
+    return BatchProbe(engine, batch, slots)
+
+
 def _point(batch: int, width: int, context: int, times: Sequence[float]) -> CostPoint:
     low, median, high = np.percentile(times, (25, 50, 75)).tolist()
     spread = (high - low) / median if median > 0 else 0.0
@@ -221,7 +257,7 @@ def _warm_up(probes: Sequence[RoundProbe], plan: ProfilePlan) -> None:
     """Bind every call once, and let each graph plan its memory; the times are no rounds' times."""
     for probe in probes:
         for sampler in plan.samplers:
-            for width in plan.widths:
+            for width in plan.widths_of(probe.batch):
                 probe.run(plan.contexts[0], width, sampler)
 
 
@@ -230,9 +266,10 @@ def _visit(
 ) -> Iterator[float]:
     """One round of each width at the context in this place; yields the share of them that is done."""
     context = plan.contexts[place]
-    turns = list(enumerate(plan.widths))
+    widths = plan.widths_of(probe.batch)
+    turns = list(enumerate(widths))
     order.shuffle(turns)
-    probe.run(context, plan.widths[-1], plan.samplers[0])
+    probe.run(context, widths[-1], plan.samplers[0])
     for done, (index, width) in enumerate(turns, start=1):
         sampler = plan.samplers[(samples.sweeps + place + index) % len(plan.samplers)]
         if width == 1:

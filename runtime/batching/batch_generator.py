@@ -33,7 +33,7 @@ from dspark_edge.runtime.round import Request
 from dspark_edge.runtime.sampling import RandomStream, SamplingParams
 from dspark_edge.runtime.scheduling import Costs
 from dspark_edge.runtime.sequence import Sequence as TokenSequence
-from dspark_edge.runtime.statistics import Tally
+from dspark_edge.runtime.statistics import EngineStatistics, EngineTally, Tally
 
 __all__ = ["BatchGenerator"]
 
@@ -80,6 +80,7 @@ class BatchGenerator:
         self._lock = threading.Lock()  # of the queue, and of whether it is open
         self._stepping = threading.Lock()
         self._closed = False
+        self._totals = EngineTally()
 
     @classmethod
     def open(
@@ -112,12 +113,14 @@ class BatchGenerator:
                 and there are no costs.
         """
         from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
-        from dspark_edge.runtime.batching.opening import assemble
+        from dspark_edge.runtime.batching.opening import assemble, device_costs
 
         wanted = BatchOptions("static", None, slots, queue, prefill_chunk, execution)  # checked before a graph is read
         engine = OnnxRuntimeEngine(Bundle.open(path), provider, threads)
         try:
-            parts = assemble(engine, wanted, mode, verify_length, costs, provider)
+            if costs is None:
+                costs = device_costs(engine, mode, verify_length, provider)
+            parts = assemble(engine, wanted, mode, verify_length, costs)
             return cls(parts.executor, PromptEncoder.of(engine.bundle), parts.options, parts.policy)
         except BaseException:
             engine.close()
@@ -137,6 +140,11 @@ class BatchGenerator:
     def active(self) -> int:
         """Requests that have a slot."""
         return len(self._table.lanes)
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """Of all requests so far together, as of the last whole step."""
+        return self._totals.result()
 
     @property
     def idle(self) -> bool:
@@ -256,6 +264,7 @@ class BatchGenerator:
             # A round's time is that of all its requests; those that decoded before have waited for the chunk, too.
             lane.tally.decode_s += perf_counter() - (started if lane in before else begun)
             found.append(lane.take_in())
+        self._totals.add_step(records, perf_counter() - begun)
         for lane, event in zip(decoding, found, strict=True):
             self._publish(lane, event, events)
 
@@ -289,7 +298,9 @@ class BatchGenerator:
             return
         lane = self._prefilling[0]
         chunk = min(lane.unread, self.options.prefill_chunk)
+        started = perf_counter()
         verdict = self._executor.prefill(self._table.slot_of(lane), lane.request, chunk)
+        self._totals.add_prefill(perf_counter() - started)
         if verdict is None:
             self._prefilling.rotate(-1)
             return
@@ -313,6 +324,7 @@ class BatchGenerator:
 
     def _settle(self, lane: Lane, event: Event) -> None:
         if event.generation is not None:
+            self._totals.end_request(lane.ticket.prompt_tokens, len(event.generation.token_ids))
             lane.ticket.finish(event.generation)
 
     def _lane(self, waiting: _Waiting) -> Lane:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from dspark_edge.engines.engine import Engine
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.engines.profile_device import probe_device
 from dspark_edge.runtime.batching.executor import ModelExecutor, choose_grouping
@@ -14,7 +15,7 @@ from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.scheduled_policy import profiled_costs
 from dspark_edge.runtime.scheduling import Costs
 
-__all__ = ["Parts", "assemble"]
+__all__ = ["Parts", "assemble", "device_costs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,29 +27,44 @@ class Parts:
     policy: GroupPolicy | None  # None: fixed lengths
 
 
+def device_costs(
+    engine: OnnxRuntimeEngine, mode: str | None, verify_length: int | None, provider: str
+) -> Mapping[str, Costs] | None:
+    """What calls cost here by the bundle's profile, where a mode asks for it.
+
+    Args:
+        engine: with the bundle.
+        mode, verify_length: see `BatchGenerator.open`.
+        provider: as the engine was opened with; it is part of a device.
+
+    Raises:
+        BundleError: the profile is damaged.
+        InvalidInputError: the mode is "scheduled" and there is no valid profile.
+    """
+    if mode not in (None, "scheduled") or verify_length is not None:
+        return None
+    return profiled_costs(engine.bundle, probe_device(provider, engine.threads), needed=mode is not None)
+
+
 def assemble(
-    engine: OnnxRuntimeEngine,
+    engine: Engine,
     options: BatchOptions,
     mode: str | None,
     verify_length: int | None,
     costs: Costs | Mapping[str, Costs] | None,
-    provider: str,
 ) -> Parts:
     """Settle the mode, and make what it needs.
 
     Args:
         engine: with the bundle.
         options: all but the mode and the verify length.
-        mode, verify_length, costs: see `BatchGenerator.open`.
-        provider: as the engine was opened with; it is part of a device.
+        mode, verify_length: see `BatchGenerator.open`.
+        costs: of calls; None: nothing is known of them.
 
     Raises:
         BundleError, EngineError, InvalidInputError: see there.
     """
     bundle = engine.bundle
-    if costs is None and mode in (None, "scheduled") and verify_length is None:
-        device = probe_device(provider, engine.threads)
-        costs = profiled_costs(bundle, device, needed=mode is not None)
     if mode is None:
         mode = "static" if costs is None or verify_length is not None else "scheduled"
     options = replace(options, mode=mode, verify_length=verify_length)

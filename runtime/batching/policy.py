@@ -133,8 +133,8 @@ class GroupScheduling:
         parking: ParkingOptions | None = None,
         calibration: Calibration | None = None,
     ) -> None:
-        by_role = costs if isinstance(costs, Mapping) else dict.fromkeys(SAMPLER_ROLES, costs)
-        self._kinds = kinds_of(by_role, pricing, block_size, scheduler, parking, calibration)
+        known: Mapping[str, Costs] = costs if isinstance(costs, Mapping) else dict.fromkeys(SAMPLER_ROLES, costs)
+        self._kinds = kinds_of(known, pricing, block_size, scheduler, parking, calibration)
 
     def join(self, params: SamplingParams) -> SequenceState | None:
         return self._kinds[params.sampler_role].controller.join()

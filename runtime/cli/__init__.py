@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "generate": ("dspark_edge.runtime.cli.generate:generate", "Answer prompts."),
     "chat": ("dspark_edge.runtime.cli.chat:chat", "Talk to a model."),
     "profile": ("dspark_edge.runtime.cli.profile:profile", "Measure what rounds cost on this device."),
+    "bench": ("dspark_edge.runtime.cli.bench:bench", "Measure what each mode brings on this device."),
     "respond": ("dspark_edge.trainer.responses.cli:respond", "Write a target's own answers, to train a drafter on."),
     "train": ("dspark_edge.trainer.training.cli:train", "Train a drafter for a target."),
     "evaluate": ("dspark_edge.trainer.evaluation.cli:evaluate_command", "Measure a bundle on prompts."),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from dspark_edge.runtime.cli import waiting
 from dspark_edge.runtime.generator import MODES, Generator
 from dspark_edge.runtime.sampling import SamplingParams
 
-__all__ = ["bundle_argument", "engine_options", "open_generator", "sampling_options", "sampling_params", "summary"]
+__all__ = [
+    "bundle_argument",
+    "counting",
+    "engine_options",
+    "open_generator",
+    "sampling_options",
+    "sampling_params",
+    "summary",
+]
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -55,6 +64,32 @@ sampling_options = _combine(
         click.option("--ignore-eos", is_flag=True, help="Go on behind the end-of-text token."),
     ]
 )
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of (done, in all) on a terminal's stderr."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def open_generator(bundle: Path, given: dict[str, Any]) -> Generator:

@@ -20,7 +20,7 @@ from dspark_edge.engines.profile_device import Device, probe_device
 from dspark_edge.engines.replace_file import replace_file
 from dspark_edge.runtime.cli import waiting
 from dspark_edge.runtime.cli.options import bundle_argument
-from dspark_edge.runtime.profiling import plan_profile, profile_engine
+from dspark_edge.runtime.profiling import plan_profile, profile_engine, usual_batches
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +30,7 @@ __all__ = ["profile", "render_picture", "show_profile"]
 
 _BUDGET_S = 60.0
 _UNEVEN = 0.25  # spread of most target costs from which a profile is worth a warning
+_WIDTH = "width (anchor and drafts)"
 _SAMPLER_TITLES = {"sampler_greedy": "greedy", "sampler": "drawing", "sampler_filtered": "drawing with filters"}
 
 
@@ -70,8 +71,9 @@ def show_profile(profile: Profile, console: Console) -> None:
             shown.add_row(*row)
         console.print(shown)
 
-    batches, widths, contexts = _axes_of(profile)
+    batches = _batches_of(profile)
     for batch in batches:
+        widths, contexts = _axes_of(profile, batch)
         of_batch = f", {batch} sequences" if batches != [1] else ""
         table(
             f"Target, ms a call by width and cached tokens{of_batch}",
@@ -102,29 +104,49 @@ def render_picture(profile: Profile) -> bytes:
     _require_matplotlib()
     from matplotlib.figure import Figure
 
-    batches, widths, contexts = _axes_of(profile)
-    figure = Figure(figsize=(11, 4.2 * len(batches)), layout="constrained")
-    panels = figure.subplots(len(batches), 2, squeeze=False)
-    for row, batch in zip(panels, batches, strict=True):
-        of_batch = f", {batch} sequences" if batches != [1] else ""
-        for context in contexts:
-            label = f"{context} cached tokens"
-            curve = [1e3 * profile.target_s(batch, width, context) for width in range(1, widths[-1] + 1)]
-            (line,) = row[0].plot(range(1, widths[-1] + 1), curve, label=label)
-            _draw_points(row[0], profile, batch, context, line.get_color())
-            plain, draft = _plain_s(profile, batch, context), profile.draft_s(batch, context)
-            rounds = [
-                (draft + profile.target_s(batch, width, context) + profile.sampler_s(batch, width)) / plain
-                for width in range(2, widths[-1] + 1)
-            ]
-            row[1].plot(range(2, widths[-1] + 1), rounds, marker="o", markersize=4, label=label)
-        _label(row[0], f"Target{of_batch}", "ms a call")
-        _label(row[1], f"Round with a draft{of_batch}", "plain steps it takes the time of")
-        row[1].axhline(1.0, color="grey", linewidth=1)
+    batches = _batches_of(profile)
+    # Where several sequences share plain steps only, they have no curve by width.
+    wide = [batch for batch in batches if len(_axes_of(profile, batch)[0]) > 1]
+    rows = len(wide) + (wide != batches)
+    figure = Figure(figsize=(11, 4.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, 2, squeeze=False)
+    for row, batch in zip(panels, wide, strict=False):
+        _draw_widths(row, profile, batch, f", {batch} sequences" if batches != [1] else "")
+    if wide != batches:
+        _draw_batches(panels[-1], profile, batches)
     figure.suptitle(f"{profile.device.gpu or profile.device.processor}, {profile.device.threads} threads")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
     return content.getvalue()
+
+
+def _draw_widths(row: Sequence[Axes], profile: Profile, batch: int, of_batch: str) -> None:
+    widths, contexts = _axes_of(profile, batch)
+    for context in contexts:
+        label = f"{context} cached tokens"
+        curve = [1e3 * profile.target_s(batch, width, context) for width in range(1, widths[-1] + 1)]
+        (line,) = row[0].plot(range(1, widths[-1] + 1), curve, label=label)
+        _draw_points(row[0], profile, batch, context, line.get_color())
+        plain, draft = _plain_s(profile, batch, context), profile.draft_s(batch, context)
+        rounds = [
+            (draft + profile.target_s(batch, width, context) + profile.sampler_s(batch, width)) / plain
+            for width in range(2, widths[-1] + 1)
+        ]
+        row[1].plot(range(2, widths[-1] + 1), rounds, marker="o", markersize=4, label=label)
+    _label(row[0], f"Target{of_batch}", _WIDTH, "ms a call")
+    _label(row[1], f"Round with a draft{of_batch}", _WIDTH, "plain steps it takes the time of")
+    row[1].axhline(1.0, color="grey", linewidth=1)
+
+
+def _draw_batches(row: Sequence[Axes], profile: Profile, batches: Sequence[int]) -> None:
+    for context in _axes_of(profile, batches[-1])[1]:
+        label = f"{context} cached tokens"
+        steps = [_plain_s(profile, batch, context) for batch in batches]
+        row[0].plot(batches, [1e3 * step for step in steps], marker="o", markersize=4, label=label)
+        rates = [batch / step for batch, step in zip(batches, steps, strict=True)]
+        row[1].plot(batches, rates, marker="o", markersize=4, label=label)
+    _label(row[0], "Plain step of several sequences", "sequences", "ms a step")
+    _label(row[1], "Plain decoding of several sequences", "sequences", "tokens/s of all")
 
 
 def _draw_points(axes: Axes, profile: Profile, batch: int, context: int, color: Any) -> None:
@@ -135,9 +157,9 @@ def _draw_points(axes: Axes, profile: Profile, batch: int, context: int, color: 
     axes.errorbar([point.width for point in points], medians, ranges, fmt="o", markersize=4, capsize=2, color=color)
 
 
-def _label(axes: Axes, title: str, y: str) -> None:
+def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, fontsize=11)
-    axes.set_xlabel("width (anchor and drafts)")
+    axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -151,11 +173,15 @@ def _require_matplotlib() -> None:
         raise MissingDependencyError("matplotlib", "a picture of the cost curves", "train") from error
 
 
-def _axes_of(profile: Profile) -> tuple[list[int], list[int], list[int]]:
-    """Measured batches, widths and contexts of the target."""
-    points = profile.points["target"]
-    batches, widths, contexts = zip(*((point.batch, point.width, point.context) for point in points), strict=True)
-    return sorted(set(batches)), sorted(set(widths)), sorted(set(contexts))
+def _batches_of(profile: Profile) -> list[int]:
+    return sorted({point.batch for point in profile.points["target"]})
+
+
+def _axes_of(profile: Profile, batch: int) -> tuple[list[int], list[int]]:
+    """Widths and contexts at which the target was measured with so many sequences."""
+    points = [point for point in profile.points["target"] if point.batch == batch]
+    widths, contexts = zip(*((point.width, point.context) for point in points), strict=True)
+    return sorted(set(widths)), sorted(set(contexts))
 
 
 def _plain_s(profile: Profile, batch: int, context: int) -> float:
@@ -188,7 +214,9 @@ def _write_picture(profile: Profile, picture: Path | None, beside: Path) -> Path
 
 def _measure(bundle: Bundle, provider: str, threads: int | None, given: Mapping[str, Any]) -> Profile:
     budget_s = _BUDGET_S if given["budget"] is None else given["budget"]
-    plan = plan_profile(bundle.manifest, given["widths"], given["contexts"], given["batches"], budget_s)
+    # Elsewhere batches are decoded by other means than windows on the host's memory.
+    batches = given["batches"] or (usual_batches(bundle.manifest) if provider == "cpu" else ())
+    plan = plan_profile(bundle.manifest, given["widths"], given["contexts"], batches, budget_s)
     with OnnxRuntimeEngine(bundle, provider, threads) as engine, _progress() as progress:
         device = probe_device(provider, engine.threads)
         check_writable(bundle, device)
@@ -227,7 +255,7 @@ def _warnings(profile: Profile, device: Device, bundle: Bundle) -> Iterator[str]
 @click.option("--threads", type=int, help="Threads on the CPU.  [default: all cores]")
 @click.option("--widths", callback=_numbers, metavar="1,2,4", help="Tokens a call; 1 and γ + 1 are always measured.")
 @click.option("--contexts", callback=_numbers, metavar="128,2048", help="Cached tokens.  [default: up to the capacity]")
-@click.option("--batches", callback=_numbers, metavar="1,2", help="Sequences a call.  [default: 1]")
+@click.option("--batches", callback=_numbers, metavar="1,2", help="Sequences at once.  [default: 1,2,4,8 on the CPU]")
 @click.option("--budget", type=float, help=f"Seconds to measure for.  [default: {_BUDGET_S:g}]")
 @click.option(
     "--picture",

@@ -183,8 +183,11 @@ def damage(edit: Callable[[Any], None]) -> Callable[[str], str]:
         (damage(lambda data: data["points"].pop("target")), "the role 'target' is missing"),
         (damage(lambda data: data["points"].update(other=[])), "points.other is not one of the roles"),
         (damage(lambda data: data["points"].update(sampler=[])), "points.sampler is empty"),
-        (damage(lambda data: data["points"]["target"].pop()), "has 3 points, expected one for each of 1 batches"),
-        (damage(lambda data: data["points"]["target"].append(data["points"]["target"][0])), "has 5 points"),
+        (
+            damage(lambda data: data["points"]["target"].pop()),
+            "batch 1 has 3 points, expected one for each of 2 widths x 2 contexts",
+        ),
+        (damage(lambda data: data["points"]["target"].append(data["points"]["target"][0])), "stands there twice"),
         (damage(lambda data: data["points"]["target"][0].update(median_s=-1)), r"target\[0\].median_s is -1"),
         (damage(lambda data: data["points"]["target"][0].update(median_s=True)), "median_s is true"),
         (damage(lambda data: data["points"]["target"][0].update(median_s=float("nan"))), "median_s is NaN"),

@@ -135,13 +135,23 @@ def test_uneven_measurements_are_told(bundle: Path) -> None:
 def test_batches_get_tables_of_their_own(bundle: Path) -> None:
     invoke(bundle, *QUICK)
     profile = stored(bundle)
+    one = {role: tuple(point for point in points if point.batch == 1) for role, points in profile.points.items()}
     both = {
         role: points + tuple(replace(point, batch=4, median_s=3 * point.median_s) for point in points)
-        for role, points in profile.points.items()
+        for role, points in one.items()
     }
     replace(profile, points=both).save(Bundle.open(bundle))
     shown = invoke(bundle, "--show", "--threads", "1").stdout
     assert "cached tokens, 1 sequences" in shown and "cached tokens, 4 sequences" in shown
+
+
+def test_plain_steps_of_batches_are_measured_unasked(bundle: Path) -> None:
+    invoke(bundle, *QUICK)
+    points = stored(bundle).points
+    target = {(point.batch, point.width) for point in points["target"]}
+    assert {batch for batch, _ in target} == {1, 2, 4, 8}
+    assert {width for batch, width in target if batch > 1} == {1}  # attention of the lowering `ort` takes no more
+    assert {point.batch for point in points["drafter"]} == {1}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +160,7 @@ def test_batches_get_tables_of_their_own(bundle: Path) -> None:
         (("--widths", "1,x"), InvalidInputError, "--widths is '1,x', expected numbers with commas"),
         (("--widths", "9"), InvalidInputError, "width 9: a block of 7 drafts is verified at widths 1 to 8"),
         (("--contexts", "300"), CapacityError, "context 300: the bundle's capacity of 256"),
-        (("--batches", "2"), InvalidInputError, "batch 2: the bundle was exported for 1 to 1"),
+        (("--batches", "0"), InvalidInputError, "batch 0: the bundle was exported for 1 to 1"),
         (("--budget", "0"), InvalidInputError, "the budget is 0.0 s"),
         (("--threads", "0"), InvalidInputError, "threads is 0"),
         (("--show", "--widths", "2", "--budget", "1"), InvalidInputError, "so --widths, --budget would do nothing"),

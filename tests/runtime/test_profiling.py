@@ -25,7 +25,7 @@ from dspark_edge.runtime.profile_probe import RoundTimes, StreamProbe
 from dspark_edge.runtime.profiling import ProfilePlan, measure, plan_profile, profile_engine
 
 SAMPLERS: tuple[SamplerRole, ...] = ("sampler_greedy", "sampler", "sampler_filtered")
-PLAN = ProfilePlan((1,), (1, 2, 4), (100, 200), SAMPLERS, block_size=3, budget_s=60.0)
+PLAN = ProfilePlan((1,), (1, 2, 4), (100, 200), (1, 2, 4), SAMPLERS, block_size=3, budget_s=60.0)
 
 
 @dataclass
@@ -171,7 +171,7 @@ def test_a_plan_as_given(manifest: Manifest) -> None:
             "context 249: the bundle's capacity of 256 tokens leaves room for 0 to 248",
         ),
         ({"contexts": [-1]}, CapacityError, "context -1"),
-        ({"batches": [2]}, InvalidInputError, "batch 2: the bundle was exported for 1 to 1"),
+        ({"batches": [0]}, InvalidInputError, "batch 0: the bundle was exported for 1 to 1"),
         ({"budget_s": 0.0}, InvalidInputError, r"the budget is 0.0 s, expected more than 0"),
         ({"budget_s": float("nan")}, InvalidInputError, "the budget is nan s"),
     ],

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from dspark_edge.engines.bundle import Bundle
-from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
-from dspark_edge.engines.replace_file import write_problem
 from dspark_edge.runtime.calibration import Calibration, Fit
-from dspark_edge.runtime.cli.options import bundle_argument
+from dspark_edge.runtime.cli.options import bundle_argument, counting
 from dspark_edge.runtime.prompts import PromptRecord, read_prompt_records
+from dspark_edge.runtime.reporting.html_page import check_page_path, write_page
+from dspark_edge.runtime.reporting.text_table import TextTable, number, print_table, share, table_console
 from dspark_edge.trainer.evaluation.calibration import CalibrationOptions, calibrate, check_calibratable
 from dspark_edge.trainer.evaluation.evaluate import EvaluationOptions, evaluate
-from dspark_edge.trainer.evaluation.html import render_html, require_matplotlib
+from dspark_edge.trainer.evaluation.html import render_html
 from dspark_edge.trainer.evaluation.report import EvaluationReport, make_report
-from dspark_edge.trainer.evaluation.tables import TextTable, number, share, tables
+from dspark_edge.trainer.evaluation.tables import tables
 
 __all__ = ["calibrate_command", "evaluate_command"]
 
@@ -44,43 +39,13 @@ _provider_option = click.option("--provider", default="cpu", show_default=True, 
 _threads_option = click.option("--threads", type=int, help="Threads on the CPU.  [default: all cores]")
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal's stderr."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
 def _read_prompts(path: Path, limit: int | None) -> list[PromptRecord]:
     return read_prompt_records(path)[:limit]
 
 
-def _console() -> Console:
-    """Where tables go; in a file they need not fit a screen."""
-    return Console(width=None if sys.stdout.isatty() else 120)
-
-
-def _print(table: TextTable, console: Console) -> None:
-    shown = Table(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(table.header):
-        shown.add_column(name, justify="left" if index == 0 else "right")
-    for row in table.rows:
-        shown.add_row(*map(escape, row))
-    console.print(shown)
-
-
 def _show_report(report: EvaluationReport, console: Console) -> None:
     for table in tables(report):
-        _print(table, console)
+        print_table(table, console)
     for difference in report.differences[:_SHOWN_DIFFERENCES] if report.lossless is False else ():
         console.print(
             f"line {difference.line}, turn {difference.turn} differs at token {difference.index}: plain "
@@ -90,19 +55,6 @@ def _show_report(report: EvaluationReport, console: Console) -> None:
         )
     if report.lossless:
         console.print(f"all {report.overall.turns} answers are those of plain decoding", style="green")
-
-
-def _check_writable(path: Path) -> None:
-    """Refuse a report's path before an evaluation, not behind it."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InvalidInputError(f"cannot write {path}: it is a folder, or its folder is missing; give a file's name")
-
-
-def _write_html(path: Path, report: EvaluationReport) -> None:
-    try:
-        path.write_text(render_html(report), encoding="utf-8")
-    except OSError as error:
-        raise InvalidInputError(write_problem(path, error)) from error
 
 
 @click.command("evaluate", no_args_is_help=True)
@@ -136,18 +88,17 @@ def evaluate_command(
     options = EvaluationOptions(plain=not no_plain, **given)
     records = _read_prompts(prompts, limit)
     if html is not None:
-        require_matplotlib()
-        _check_writable(html)
-    with OnnxRuntimeEngine(Bundle.open(bundle), provider, threads) as engine, _progress("prompts") as progress:
+        check_page_path(html)
+    with OnnxRuntimeEngine(Bundle.open(bundle), provider, threads) as engine, counting("prompts") as progress:
         evaluation = evaluate(engine, records, options, progress)
         facts = {"prompts_file": prompts.name, "provider": provider, "threads": engine.threads}
         report = make_report(evaluation, engine.bundle, records, options, facts)
     if html is not None:
-        _write_html(html, report)
+        write_page(html, render_html(report))
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
     else:
-        _show_report(report, _console())
+        _show_report(report, table_console())
     for warning in report.warnings:
         click.echo(f"Warning: {warning}", err=True)
     if report.lossless is False:
@@ -221,13 +172,13 @@ def calibrate_command(
     records = _read_prompts(prompts, limit)
     opened = Bundle.open(bundle)
     check_calibratable(opened)
-    with OnnxRuntimeEngine(opened, provider, threads) as engine, _progress("answers") as progress:
+    with OnnxRuntimeEngine(opened, provider, threads) as engine, counting("answers") as progress:
         calibration = calibrate(engine, records, options, work=work, report=progress)
     if as_json:
         click.echo(json.dumps(calibration.to_json(), indent=2))
     else:
-        console = _console()
+        console = table_console()
         for fit in calibration.fits:
-            _print(_fit_table(fit), console)
+            print_table(_fit_table(fit), console)
     for warning in _thin_positions(calibration):
         click.echo(f"Warning: {warning}", err=True)

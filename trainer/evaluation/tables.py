@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from dspark_edge.runtime.reporting.text_table import TextTable, number, share
 from dspark_edge.trainer.evaluation.measures import ConfidenceMeasures, Measures
 from dspark_edge.trainer.evaluation.report import EvaluationReport
 
-__all__ = ["TextTable", "number", "share", "tables"]
-
-
-@dataclass(frozen=True, slots=True)
-class TextTable:
-    """A table; the first column names the row, the others hold numbers."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A number, or a dash for None."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def share(value: float | None, digits: int = 1) -> str:
-    """A share in per cent, or a dash for None."""
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
+__all__ = ["tables"]
 
 
 def tables(report: EvaluationReport) -> list[TextTable]:

@@ -87,6 +87,14 @@ def _listener() -> Iterator[Listener]:
 @click.option("--confidence/--no-confidence", default=True, show_default=True, help="A confidence head.")
 @click.option("--key-value-heads", type=int, help="Of the drafter's attention.  [default: the target's]")
 @click.option("--draft-vocab", type=int, help="Draft only from so many of the commonest tokens.  [default: all]")
+@click.option(
+    "--count",
+    "counted",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE.jsonl",
+    help="More responses, only to choose the draft vocabulary from. May be repeated.",
+)
 @click.option("--mask-token-id", type=int, help="[default: a token that the responses never use]")
 @click.option("--steps", type=int, default=2000, show_default=True)
 @click.option("--batch", type=int, default=8, show_default=True, help="Sequences a step.")
@@ -139,6 +147,7 @@ def train(
     threads: int | None,
     overwrite: bool,
     cache_gb: float,
+    counted: tuple[Path, ...],
     **given: Any,
 ) -> None:
     """Train a drafter on the target's responses. Started again after an interruption, it goes on.
@@ -163,7 +172,6 @@ def train(
     drafter = DrafterSettings(taps=parse_taps(taps), **{name: given.pop(name) for name in drafter_names})
     resources = Resources(cache_bytes=int(cache_gb * 1e9), **{name: given.pop(name) for name in resource_names})
     with _listener() as listener:
-        train_drafter(
-            target, responses, output, drafter, TrainingSettings(**given), resources, listener, overwrite=overwrite
-        )
+        settings = TrainingSettings(**given)
+        train_drafter(target, responses, output, drafter, settings, resources, listener, overwrite, counted)
     click.echo(f"{output}: done", err=True)

@@ -77,6 +77,7 @@ def train_drafter(
     resources: Resources | None = None,
     listener: Listener | None = None,
     overwrite: bool = False,
+    counted: Sequence[Path] = (),
 ) -> Outcome:
     """Train a drafter and write it as a checkpoint; started again after an interruption, it goes on.
 
@@ -108,7 +109,8 @@ def train_drafter(
         examples = read_examples(responses, config.vocab_size, resources.max_length)
         split = split_examples(examples, training.held_out)
         shape = drafter.shape(config, _mask_token(drafter, training, examples, config))
-        vocabulary = _draft_vocabulary(shape, split, listener)
+        more = read_examples(counted, config.vocab_size, resources.max_length) if counted else []
+        vocabulary = _draft_vocabulary(shape, split, more, listener)
         longest = max(len(example) for example in examples)
         model = TargetModel.load(target, longest, processes.device, _target_dtype(processes))
         with _Stores(model, split, shape.tap_layers, output, resources, listener, processes) as stores:
@@ -132,12 +134,16 @@ def train_drafter(
         return outcome
 
 
-def _draft_vocabulary(shape: DrafterConfig, split: Split, listener: Listener) -> np.ndarray | None:
-    """[P] ids that the drafter drafts; None: the whole vocabulary."""
+def _draft_vocabulary(
+    shape: DrafterConfig, split: Split, more: Sequence[Example], listener: Listener
+) -> np.ndarray | None:
+    """[P] ids that the drafter drafts; None: the whole vocabulary. What is held out is not counted."""
     if shape.draft_vocab_size is None:
         return None
     size = shape.backbone.vocab_size
-    vocabulary = choose_draft_vocabulary(split.train, size, shape.draft_vocab_size)
+    held_out = {example.group for example in split.held_out}
+    counted = [*split.train, *(example for example in more if example.group not in held_out)]
+    vocabulary = choose_draft_vocabulary(counted, size, shape.draft_vocab_size)
     share = coverage(split.held_out, size, vocabulary)
     listener.say(f"draft vocabulary: {len(vocabulary)} tokens, {share:.2%} of the held-out responses")
     return vocabulary

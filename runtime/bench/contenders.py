@@ -1,0 +1,175 @@
+"""A mode of a bundle at a concurrency, ready to run: one stream through `Generator`, several through `BatchGenerator`.
+
+All contenders of a bundle share one engine, with its threads and its weights in memory: they differ in nothing but
+what they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+from dspark_edge.engines.engine import Engine
+from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.runtime.answer import Generation
+from dspark_edge.runtime.batching.batch_generator import BatchGenerator
+from dspark_edge.runtime.batching.opening import assemble
+from dspark_edge.runtime.batching.options import BatchOptions
+from dspark_edge.runtime.bench.settings import Mode
+from dspark_edge.runtime.calibration import Calibration
+from dspark_edge.runtime.encoding import Prompt, PromptEncoder
+from dspark_edge.runtime.generator import Generator, GeneratorOptions
+from dspark_edge.runtime.profile_probe import EngineView
+from dspark_edge.runtime.sampling import SamplingParams
+from dspark_edge.runtime.scheduled_policy import StreamScheduling
+from dspark_edge.runtime.scheduling import Costs
+from dspark_edge.runtime.statistics import EngineStatistics
+
+__all__ = ["Contender", "ModelContender", "Run"]
+
+_QUEUE = 100_000  # a run hands in all its requests at once
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Answers to some prompts, and what they took."""
+
+    tokens: int  # behind each answer's first, which the prefill gives
+    decode_s: float  # without prefill
+    rounds: int  # of single requests
+    committed: int  # in these rounds
+    steps: int  # rounds of all requests together
+    observed_s: float  # drafts and verifications
+    parked_s: float  # of these, without any draft
+    schedule_s: float
+    prediction_error: float | None  # median over the latest steps
+    answers: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.decode_s if self.decode_s > 0 else 0.0
+
+
+class Contender(Protocol):
+    """Answers prompts in its own way."""
+
+    @property
+    def mode(self) -> Mode: ...
+
+    def run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Run:
+        """Answer all prompts, as many at a time as its concurrency, and tell what that took.
+
+        Raises:
+            InvalidInputError: a prompt does not fit the bundle.
+            EngineError: the backend failed.
+        """
+
+
+class ModelContender:
+    """A bundle on an engine. A context manager.
+
+    Args:
+        engine: executes the graphs; stays open.
+        mode: how it decodes.
+        concurrency: requests at a time.
+        costs: by sampler role, as profiled; needed by mode scheduled.
+
+    Raises:
+        InvalidInputError: the mode does not fit the bundle, or is scheduled without costs.
+        EngineError: memory is short, or cannot be viewed from here, which several requests at a time need.
+    """
+
+    def __init__(self, engine: Engine, mode: Mode, concurrency: int, costs: Mapping[str, Costs] | None) -> None:
+        if mode.name == "scheduled" and costs is None:
+            raise InvalidInputError("mode 'scheduled' needs a profile; run: dspark-edge profile BUNDLE")
+        self._mode = mode
+        self._stack = ExitStack()
+        self._single: Generator | None = None
+        self._many: BatchGenerator | None = None
+        view = EngineView(engine)
+        if concurrency == 1:
+            self._single = self._stack.enter_context(_single(view, mode, costs))
+        else:
+            self._many = self._stack.enter_context(_many(view, mode, concurrency, costs))
+
+    @property
+    def mode(self) -> Mode:
+        return self._mode
+
+    def run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Run:
+        before = self._statistics
+        answers = self._answers(prompts, params)
+        return _difference(before, self._statistics, tuple(answer.token_ids for answer in answers))
+
+    def close(self) -> None:
+        """Release its caches. May be called twice."""
+        self._stack.close()
+        self._single = self._many = None
+
+    def __enter__(self) -> ModelContender:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _statistics(self) -> EngineStatistics:
+        return self._generator.statistics
+
+    @property
+    def _generator(self) -> Generator | BatchGenerator:
+        generator = self._single or self._many
+        if generator is None:
+            raise InvalidInputError("the contender is closed")
+        return generator
+
+    def _answers(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Generation]:
+        generator = self._generator
+        if isinstance(generator, Generator):
+            found = []
+            for prompt, asked in zip(prompts, params, strict=True):
+                generator.reset()
+                found.append(generator.generate(prompt, asked))
+            return found
+        tickets = [generator.submit(prompt, asked) for prompt, asked in zip(prompts, params, strict=True)]
+        for _ in generator.run():
+            pass
+        return [ticket.result() for ticket in tickets]
+
+
+def _single(engine: Engine, mode: Mode, costs: Mapping[str, Costs] | None) -> Generator:
+    scheduling = None
+    if mode.name == "scheduled" and costs is not None:
+        bundle = engine.bundle
+        block_size, calibration = bundle.manifest.drafter.block_size, Calibration.load(bundle)
+        scheduling = StreamScheduling(costs, block_size, calibration=calibration)
+    return Generator(engine, GeneratorOptions(mode.name, mode.verify_length), scheduling=scheduling)
+
+
+def _many(engine: Engine, mode: Mode, slots: int, costs: Mapping[str, Costs] | None) -> BatchGenerator:
+    options = BatchOptions(slots=slots, queue=_QUEUE)
+    parts = assemble(engine, options, mode.name, mode.verify_length, costs if mode.name == "scheduled" else None)
+    return BatchGenerator(parts.executor, PromptEncoder.of(engine.bundle), parts.options, parts.policy)
+
+
+def _difference(before: EngineStatistics, after: EngineStatistics, answers: tuple[tuple[int, ...], ...]) -> Run:
+    def of(name: str) -> float:
+        return float(getattr(after, name) - getattr(before, name))
+
+    return Run(
+        tokens=round(of("new_tokens") - of("requests")),
+        decode_s=of("decode_s"),
+        rounds=round(of("rounds")),
+        committed=round(of("committed")),
+        steps=round(of("steps")),
+        observed_s=of("draft_s") + of("verify_s"),
+        parked_s=of("parked_s"),
+        schedule_s=of("schedule_s"),
+        prediction_error=after.prediction_error,
+        answers=answers,
+    )

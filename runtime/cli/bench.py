@@ -1,0 +1,156 @@
+"""dspark-edge bench."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dspark_edge.engines.bundle import Bundle
+from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
+from dspark_edge.engines.profile_device import probe_device
+from dspark_edge.runtime.bench.bench import RANDOM_DOMAIN, Bench, prompts_by_domain, random_prompts
+from dspark_edge.runtime.bench.report import BenchReport, make_report, render_html, tables
+from dspark_edge.runtime.bench.settings import BenchOptions, parse_mode
+from dspark_edge.runtime.cli.options import counting
+from dspark_edge.runtime.encoding import Prompt
+from dspark_edge.runtime.prompts import read_prompt_records
+from dspark_edge.runtime.reporting.html_page import check_page_path, write_page
+from dspark_edge.runtime.reporting.text_table import print_table, table_console
+from dspark_edge.runtime.scheduled_policy import profiled_costs
+from dspark_edge.runtime.scheduling import Costs
+
+__all__ = ["bench"]
+
+Numbers = tuple[float, ...]
+
+
+def _listed(context: click.Context, parameter: click.Parameter, text: str) -> Numbers:
+    """Numbers written as "1,2,4"."""
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
+    except ValueError:
+        raise InvalidInputError(
+            f"{parameter.opts[0]} is {text!r}, expected numbers with commas, such as 1,2,4"
+        ) from None
+
+
+def _whole(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
+    numbers = _listed(context, parameter, text)
+    if any(value != int(value) for value in numbers):
+        raise InvalidInputError(f"{parameter.opts[0]} is {text!r}, expected whole numbers, such as 1,2,4")
+    return tuple(int(value) for value in numbers)
+
+
+def _costs(
+    bundle: Bundle, engine: OnnxRuntimeEngine, provider: str, options: BenchOptions
+) -> Mapping[str, Costs] | None:
+    if all(mode.name != "scheduled" for mode in options.modes):
+        return None
+    return profiled_costs(bundle, probe_device(provider, engine.threads), needed=True)
+
+
+def _measure(
+    bench: Bench,
+    bundles: Sequence[Path],
+    prompts: Mapping[str, Sequence[Prompt]],
+    random: int,
+    provider: str,
+    threads: int | None,
+) -> int:
+    """Measure bundle after bundle. Returns the threads."""
+    bench.plan(len(bundles), len(prompts) + (random > 0))
+    used = 0
+    for path in bundles:
+        with OnnxRuntimeEngine(Bundle.open(path), provider, threads) as engine:
+            used = engine.threads
+            asked = dict(prompts)
+            if random:
+                asked[RANDOM_DOMAIN] = [*random_prompts(engine.bundle.manifest, random, bench.options.seed)]
+            bench.measure(path.name, engine, asked, _costs(engine.bundle, engine, provider, bench.options))
+    return used
+
+
+def _show(report: BenchReport, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+    else:
+        console = table_console()
+        for table in tables(report):
+            print_table(table, console)
+    for warning in report.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+
+
+@click.command(no_args_is_help=True)
+@click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="One prompt a line.")
+@click.option(
+    "--random", type=click.IntRange(min=0), default=0, show_default=True, help="So many prompts of random tokens, too."
+)
+@click.option(
+    "--modes",
+    default="plain,static,scheduled",
+    show_default=True,
+    help="What is compared; static:3 verifies 3 draft tokens every round.",
+)
+@click.option(
+    "--concurrency", "concurrencies", default="1", show_default=True, callback=_whole, help="Requests at once."
+)
+@click.option("--temperatures", default="0", show_default=True, callback=_listed, help="0 is greedy.")
+@click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Of an answer.")
+@click.option("--repeats", type=int, default=3, show_default=True, help="Runs of each; medians are of these.")
+@click.option("--limit", type=click.IntRange(min=1), help="Take only the first prompts of each domain.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Equal seeds ask for equal draws.")
+@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, or a provider's full name.")
+@click.option("--threads", type=int, help="Threads on the CPU.  [default: all cores]")
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE.html", help="Write the report as a page.")
+def bench(
+    bundles: tuple[Path, ...],
+    prompts: Path | None,
+    random: int,
+    modes: str,
+    limit: int | None,
+    provider: str,
+    threads: int | None,
+    as_json: bool,
+    html: Path | None,
+    **given: Any,
+) -> None:
+    """Measure what each mode brings on this device: all of them in turns, on the same prompts, the worst first.
+
+    Several bundles, such as one of each precision, are measured one after the other. Interrupted (Ctrl-C), it reports
+    what it has. Exit code 1 if a greedy answer in fp32 is not the one of plain decoding.
+    """
+    options = BenchOptions(modes=tuple(parse_mode(mode) for mode in modes.split(",") if mode.strip()), **given)
+    if prompts is None and not random:
+        raise InvalidInputError("there is nothing to answer: give --prompts FILE.jsonl, or --random 8, or both")
+    domains = prompts_by_domain(read_prompt_records(prompts), limit) if prompts is not None else {}
+    if html is not None:
+        check_page_path(html)
+    interrupted = False
+    facts: dict[str, Any] = {"provider": provider, "bundles": [str(path) for path in bundles]}
+    facts["prompts"] = {domain: len(of_domain) for domain, of_domain in domains.items()}
+    facts["prompts_file"] = prompts.name if prompts is not None else None
+    with counting("runs") as progress:
+        measured = Bench(options, progress)
+        try:
+            facts["threads"] = _measure(measured, bundles, domains, random, provider, threads)
+        except KeyboardInterrupt:
+            if not measured.cells:
+                raise
+            interrupted = True
+    report = make_report(measured.cells, options, facts, interrupted)
+    if html is not None:
+        write_page(html, render_html(report))
+    _show(report, as_json)
+    if interrupted:
+        sys.exit(130)
+    if report.lossless is False:
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""Reports for people: tables of text, and pages of HTML with figures."""

@@ -1,0 +1,1 @@
+"""Tests of dspark_edge.runtime.bench."""
