@@ -1,9 +1,12 @@
-"""Make an onnxruntime-genai model of a checkpoint, for benchmarks/plain_decoding.py --genai.
+"""Make an onnxruntime-genai model of a checkpoint, for --genai of the other benchmarks.
 
     python benchmarks/make_genai.py TARGET OUTPUT [--precision fp32|int4]
 
 TARGET is what `dspark-edge export` takes; a GGUF is dequantised, so that both runtimes have the same weights. Needs
 the packages of the [export] and [bench] extras.
+
+int4 is what `export --precision int4` makes: MatMulNBits, blocks of 32 weights with a zero point each, 8 bits for the
+head, products at accuracy level 4.
 """
 
 from __future__ import annotations
@@ -19,6 +22,12 @@ import torch
 from safetensors.torch import save_file
 
 from dspark_edge.exporter.checkpoint import open_checkpoint
+
+# The builder's own defaults differ from ours: no zero points, and a head of 4 bits.
+BUILDER_OPTIONS = {
+    "fp32": (),
+    "int4": ("block_size=32", "accuracy_level=4", "is_symmetric=false", "matmul_mixed_precision=last_matmul:int8"),
+}
 
 
 def write_hugging_face(target: str, folder: Path) -> None:
@@ -37,12 +46,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--precision", choices=("fp32", "int4"), default="fp32")
+    parser.add_argument("--precision", choices=tuple(BUILDER_OPTIONS), default="fp32")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    options = BUILDER_OPTIONS[arguments.precision]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         write_hugging_face(arguments.target, Path(folder))
-        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-c", folder]
-        subprocess.run([*builder, "-i", folder, "-o", arguments.output, "-p", arguments.precision], check=True)
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-c", cache]
+        builder += ["-i", folder, "-o", str(arguments.output), "-p", arguments.precision]
+        subprocess.run([*builder, *(["--extra_options", *options] if options else [])], check=True)
     return 0
 
 

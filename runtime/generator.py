@@ -19,6 +19,7 @@ from dspark_edge.engines.engine import Engine
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.engines.profile_device import probe_device
 from dspark_edge.runtime.answer import Answer, Generation
+from dspark_edge.runtime.bit_exact import chunk_of, exact_width, whole_chunks
 from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.chat_template import ChatTemplate
 from dspark_edge.runtime.encoding import Prompt, PromptEncoder
@@ -37,6 +38,8 @@ MODES = ("plain", "static", "scheduled")
 """plain: the target alone; static: always verify a block of the same length; scheduled: draft and verify what pays on
 this device."""
 
+_PREFILL_CHUNK = 256
+
 
 @dataclass(frozen=True, slots=True)
 class GeneratorOptions:
@@ -48,7 +51,8 @@ class GeneratorOptions:
 
     mode: str | None = None  # None: scheduled where the device has been profiled, static elsewhere
     verify_length: int | None = None  # draft tokens verified a round in static mode; None: the whole block
-    prefill_chunk: int = 256  # most prompt tokens a call
+    prefill_chunk: int | None = None  # most prompt tokens a call; None: 256, or what bit_exact fixes
+    bit_exact: bool = False  # answers do not depend on how they were decoded, to the last bit; see docs/bit-exact.md
 
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in MODES:
@@ -57,8 +61,12 @@ class GeneratorOptions:
             raise InvalidInputError(f"verify_length is {self.verify_length}, expected at least 1 (or --mode plain)")
         if self.verify_length is not None and self.mode == "scheduled":
             raise InvalidInputError("verify_length fixes what mode 'scheduled' decides; give one of the two")
-        if self.prefill_chunk < 1:
-            raise InvalidInputError(f"prefill_chunk is {self.prefill_chunk}, expected at least 1")
+        chunk_of(self.prefill_chunk, _PREFILL_CHUNK, self.bit_exact)
+
+    @property
+    def chunk(self) -> int:
+        """Most prompt tokens a call."""
+        return chunk_of(self.prefill_chunk, _PREFILL_CHUNK, self.bit_exact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,8 @@ class Generator:
     """Decodes one prompt after another. A context manager; not for several threads at once, but for `cancel`.
 
     The caches are kept between calls: a prompt that begins like the one before, as the second turn of a conversation
-    does, is prefilled from where it differs.
+    does, is prefilled from where it differs. In bit-exact mode only what was prefilled is reused, in whole chunks: an
+    answer's tokens were cached by calls of another width.
 
     Args:
         engine: executes the bundle's graphs; closed with the generator.
@@ -86,7 +95,9 @@ class Generator:
 
     Raises:
         BundleError: the bundle's tokenizer, chat template or calibration is damaged.
-        InvalidInputError: an option does not fit the bundle, or the mode is 'scheduled' without a scheduling.
+        EngineError: the target cannot be loaded, or the backend cannot keep bit_exact.
+        InvalidInputError: an option does not fit the bundle or the scheduling, the mode is 'scheduled' without one, or
+            bit_exact is on and the drafter's blocks are longer than the bundle's.
     """
 
     def __init__(
@@ -102,7 +113,8 @@ class Generator:
         self.options = options or GeneratorOptions()
         self.bundle = engine.bundle
         self._encoder = PromptEncoder.of(self.bundle)
-        self._verifier = ModelVerifier(engine, self.options.prefill_chunk)
+        width = exact_width(self.bundle.manifest) if self.options.bit_exact else None
+        self._verifier = ModelVerifier(engine, self.options.chunk, width)
         self._length = 0  # verified a round where nothing is scheduled
         self._drafter, self._scheduling = self._plan(make_drafter, calibration, scheduling)
         self._observer = observer
@@ -117,7 +129,8 @@ class Generator:
         *,
         mode: str | None = None,
         verify_length: int | None = None,
-        prefill_chunk: int = 256,
+        prefill_chunk: int | None = None,
+        bit_exact: bool = False,
         provider: str = "cpu",
         threads: int | None = None,
     ) -> Generator:
@@ -125,7 +138,7 @@ class Generator:
 
         Args:
             path: the bundle's folder.
-            mode, verify_length, prefill_chunk: see `GeneratorOptions`.
+            mode, verify_length, prefill_chunk, bit_exact: see `GeneratorOptions`.
             provider: "cpu", "cuda", or an ONNX Runtime provider's full name.
             threads: threads on the CPU; None: all cores.
 
@@ -135,13 +148,14 @@ class Generator:
         """
         from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 
-        options = GeneratorOptions(mode, verify_length, prefill_chunk)
+        options = GeneratorOptions(mode, verify_length, prefill_chunk, bit_exact)
         engine = OnnxRuntimeEngine(Bundle.open(path), provider, threads)
         try:
             scheduling = None
             if mode in (None, "scheduled") and verify_length is None:
                 device = probe_device(provider, engine.threads)
-                scheduling = StreamScheduling.of_device(engine.bundle, device, needed=mode is not None)
+                width = exact_width(engine.bundle.manifest) if bit_exact else None
+                scheduling = StreamScheduling.of_device(engine.bundle, device, needed=mode is not None, width=width)
             return cls(engine, options, scheduling=scheduling)
         except BaseException:
             engine.close()
@@ -159,7 +173,7 @@ class Generator:
 
     @property
     def capacity(self) -> int:
-        """Most tokens of a prompt and its answer together."""
+        """Most tokens of a prompt and its answer together; in bit-exact mode γ fewer than the bundle's."""
         return self._verifier.capacity
 
     @property
@@ -240,9 +254,19 @@ class Generator:
         else:
             calibration = calibration or Calibration.load(self.bundle)
             drafter = ModelDrafter(self._engine, self._verifier.caches, calibration)
+        if self.options.bit_exact and drafter.block_size > facts.block_size:
+            raise InvalidInputError(
+                f"bit_exact verifies at most the bundle's block of {facts.block_size} tokens, the drafter's block has "
+                f"{drafter.block_size}; make one of at most {facts.block_size}"
+            )
         if mode == "scheduled":
             if scheduling is None:
                 raise InvalidInputError("mode 'scheduled' needs a scheduling; Generator.open makes one of the profile")
+            if scheduling.width != self._verifier.width:
+                raise InvalidInputError(
+                    f"the scheduling has the width {scheduling.width}, expected {self._verifier.width}; StreamScheduling "
+                    "takes the verifications' width where bit_exact is on, and None elsewhere"
+                )
             return drafter, scheduling
         length = self.options.verify_length or drafter.block_size
         if length > drafter.block_size:
@@ -259,13 +283,16 @@ class Generator:
         """Leading tokens that the caches hold already; at least one is left to run, for its logits."""
         if self._sequence is None:
             return 0
-        known = self._sequence.token_ids[: self._sequence.cache_length]
+        valid = self._sequence.cache_length
+        if self.options.bit_exact:
+            valid = min(valid, self._sequence.prompt_length)
+        known = self._sequence.token_ids[:valid]
         shared = 0
         for cached, wanted in zip(known, token_ids[:-1], strict=False):
             if cached != wanted:
                 break
             shared += 1
-        return shared
+        return whole_chunks(shared) if self.options.bit_exact else shared
 
     def _decode(self, token_ids: list[int], params: SamplingParams) -> Iterator[Piece]:
         started = perf_counter()

@@ -13,6 +13,7 @@ import numpy as np
 
 from dspark_edge.engines.engine import Buffer, Call, Engine, sized
 from dspark_edge.engines.manifest import GraphSpec, TensorSpec
+from dspark_edge.runtime.bit_exact import check_rows, reserved_slots
 from dspark_edge.runtime.calibration import Calibration, Scaling
 from dspark_edge.runtime.round import NO_DRAFT, Candidates, Draft, Request, Verdict
 from dspark_edge.runtime.sampling import RandomStream, SamplingParams
@@ -113,7 +114,10 @@ class _SamplerCall:
         buffers["verify_lengths"].write(verify_length)
         if self._drawing:
             buffers["temperature"].write(params.temperature)
-            buffers["accept_uniforms"].write(random.uniforms(1, self._rows))
+            # As many as there are drafts to judge, however wide the call is: in a batch as alone.
+            accept = np.zeros((1, self._rows), np.float32)
+            accept[:, : verify_length + 1] = random.uniforms(1, verify_length + 1)
+            buffers["accept_uniforms"].write(accept)
             buffers["sample_uniforms"].write(random.uniforms(1))
         if self._filtering:
             buffers["top_k"].write(params.top_k)
@@ -135,17 +139,23 @@ class ModelVerifier:
     Args:
         engine: executes the graphs.
         prefill_chunk: most tokens of one prefill call; bounds the memory of activations.
+        width: tokens of every verification, padded behind the draft, for bit-exact decoding; None: as many as there
+            are to verify. The capacity is that of the bundle less width − 1: a call always has room.
+
+    Raises:
+        EngineError: the target cannot be loaded; or a width is given, and the backend does not give a token the same
+            bits in each row.
     """
 
-    def __init__(self, engine: Engine, prefill_chunk: int) -> None:
+    def __init__(self, engine: Engine, prefill_chunk: int, width: int | None = None) -> None:
         manifest = engine.bundle.manifest
         self._engine = engine
         self._graph = manifest.graphs["target"]
         self._vocabulary = manifest.target.vocab_size
         self._widest_kept = manifest.drafter.block_size + 1
-        self._chunk = prefill_chunk
-        self._capacity = manifest.limits.capacity
-        self.caches = Caches(engine, self._capacity)
+        self._chunk, self._width = prefill_chunk, width
+        self._capacity = manifest.limits.capacity - reserved_slots(width)
+        self.caches = Caches(engine, manifest.limits.capacity)
         self._cache_lengths = engine.allocate("int64", (1,))
         self._logits: dict[int, Buffer] = {}
         self._calls: dict[tuple[int, int], _TargetCall] = {}
@@ -157,10 +167,17 @@ class ModelVerifier:
             engine.allocate("float32", (1, 1, 1)),
         )
         self._bind_target(1, 1)  # loads the graph here, so that neither its time nor its errors fall on a request
+        if width is not None:
+            check_rows(engine, width, self.caches.of(self._graph))
 
     @property
     def capacity(self) -> int:
         return self._capacity
+
+    @property
+    def width(self) -> int | None:
+        """Tokens of every verification; None: as many as there are to verify."""
+        return self._width
 
     def prefill(self, request: Request) -> Verdict:
         """Cache the rest of the sequence's tokens in chunks, and draw the first token behind them."""
@@ -177,6 +194,8 @@ class ModelVerifier:
     def verify(self, request: Request, draft: Draft, verify_length: int) -> Verdict:
         sequence = request.sequence
         token_ids = [sequence.anchor, *draft.token_ids[:verify_length]]
+        if self._width is not None:  # what is written behind the accepted tokens is overwritten, as rejected drafts are
+            token_ids += [0] * (self._width - len(token_ids))
         target = self._run_target(token_ids, sequence.cache_length, rows=len(token_ids))
         return self._accept(request, target.logits, draft, verify_length)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from dspark_edge.engines.bundle import Bundle
@@ -21,6 +22,7 @@ from dspark_edge.runtime.scheduling import (
     Controller,
     CorrectedCosts,
     Costs,
+    FixedWidth,
     LookAhead,
     Offer,
     ParkingOptions,
@@ -119,6 +121,7 @@ class StreamScheduling:
         scheduler: chooses verify lengths.
         parking: when not to draft.
         calibration: the drafter's; its acceptance is what the first request starts from.
+        width: tokens of every verification, in bit-exact mode; None: as many as there are to verify.
     """
 
     def __init__(
@@ -128,11 +131,16 @@ class StreamScheduling:
         scheduler: Scheduler | None = None,
         parking: ParkingOptions | None = None,
         calibration: Calibration | None = None,
+        width: int | None = None,
     ) -> None:
-        self._kinds = kinds_of(costs, Serial, block_size, scheduler, parking, calibration)
+        self.width = width
+        pricing: Callable[[Costs], Pricing] = Serial if width is None else partial(FixedWidth, width=width)
+        self._kinds = kinds_of(costs, pricing, block_size, scheduler, parking, calibration)
 
     @classmethod
-    def of_device(cls, bundle: Bundle, device: Device, *, needed: bool) -> StreamScheduling | None:
+    def of_device(
+        cls, bundle: Bundle, device: Device, *, needed: bool, width: int | None = None
+    ) -> StreamScheduling | None:
         """By the bundle's profile of a device and its calibration; None where there is no valid profile.
 
         Raises:
@@ -142,22 +150,27 @@ class StreamScheduling:
         costs = profiled_costs(bundle, device, needed=needed)
         if costs is None:
             return None
-        return cls(costs, bundle.manifest.drafter.block_size, calibration=Calibration.load(bundle))
+        return cls(costs, bundle.manifest.drafter.block_size, calibration=Calibration.load(bundle), width=width)
 
     def policy(self, params: SamplingParams) -> ScheduledPolicy:
         """For one request."""
         kind = self._kinds[params.sampler_role]
-        return ScheduledPolicy(kind.controller, kind.costs, params.greedy)
+        return ScheduledPolicy(kind.controller, kind.costs, params.greedy, self.width)
 
 
 class ScheduledPolicy:
     """The policy of one request; see `round.Policy`.
 
     Lossless at any temperature: see `scheduling/schedulers.py`. What is learned of a round serves later ones only.
+
+    Args:
+        controller, costs: of the request's kind.
+        greedy: temperature 0.
+        width: tokens of every verification; None: as many as there are to verify.
     """
 
-    def __init__(self, controller: Controller, costs: CorrectedCosts, greedy: bool) -> None:
-        self._controller, self._costs, self._greedy = controller, costs, greedy
+    def __init__(self, controller: Controller, costs: CorrectedCosts, greedy: bool, width: int | None = None) -> None:
+        self._controller, self._costs, self._greedy, self._width = controller, costs, greedy, width
         self._states = (controller.join(),)
         self._plan: Plan | None = None
 
@@ -178,5 +191,6 @@ class ScheduledPolicy:
             return
         if record.drafted:
             self._costs.observe_draft(1, record.position, record.draft_s)
-        self._costs.observe_verification(1, 1 + record.verify_length, record.position, record.verify_s)
+        width = self._width or 1 + record.verify_length
+        self._costs.observe_verification(1, width, record.position, record.verify_s)
         self._controller.record(self._states, self._plan, (record.accepted_length - 1,))

@@ -56,7 +56,7 @@ class BatchGenerator:
     Args:
         executor: runs target and drafter; closed with the generator.
         encoder: of the bundle's prompts.
-        options: see `BatchOptions`.
+        options: see `BatchOptions`; bit_exact needs an executor of a `SingleGrouping`.
         policy: decides what is verified; None: `options.verify_length` draft tokens, or none in mode plain.
 
     Raises:
@@ -91,8 +91,9 @@ class BatchGenerator:
         verify_length: int | None = None,
         slots: int = 8,
         queue: int = 64,
-        prefill_chunk: int = 64,
+        prefill_chunk: int | None = None,
         execution: str = "auto",
+        bit_exact: bool = False,
         costs: Costs | Mapping[str, Costs] | None = None,
         provider: str = "cpu",
         threads: int | None = None,
@@ -103,7 +104,7 @@ class BatchGenerator:
             path: the bundle's folder.
             mode: plain, static or scheduled; None: scheduled where costs are given or the device has been profiled,
                 static elsewhere.
-            verify_length, slots, queue, prefill_chunk, execution: see `BatchOptions`.
+            verify_length, slots, queue, prefill_chunk, execution, bit_exact: see `BatchOptions`.
             costs: what calls cost on this device, of all kinds of sampling or by sampler role; None: as profiled.
             provider: "cpu", or the full name of an ONNX Runtime provider that shares the CPU's memory.
             threads: threads on the CPU; None: all cores.
@@ -115,7 +116,8 @@ class BatchGenerator:
         from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
         from dspark_edge.runtime.batching.opening import assemble, device_costs
 
-        wanted = BatchOptions("static", None, slots, queue, prefill_chunk, execution)  # checked before a graph is read
+        # checked before a graph is read
+        wanted = BatchOptions("static", None, slots, queue, prefill_chunk, execution, bit_exact)
         engine = OnnxRuntimeEngine(Bundle.open(path), provider, threads)
         try:
             if costs is None:
@@ -128,7 +130,7 @@ class BatchGenerator:
 
     @property
     def capacity(self) -> int:
-        """Most tokens of a prompt and its answer together."""
+        """Most tokens of a prompt and its answer together; in bit-exact mode γ fewer than the bundle's."""
         return self._executor.capacity
 
     @property
@@ -297,7 +299,7 @@ class BatchGenerator:
         if not self._prefilling:
             return
         lane = self._prefilling[0]
-        chunk = min(lane.unread, self.options.prefill_chunk)
+        chunk = min(lane.unread, self.options.chunk)
         started = perf_counter()
         verdict = self._executor.prefill(self._table.slot_of(lane), lane.request, chunk)
         self._totals.add_prefill(perf_counter() - started)

@@ -13,6 +13,7 @@ from dspark_edge.runtime.batching.drafting import CallObserver, GraphDrafter, Lo
 from dspark_edge.runtime.batching.grouping import DenseGrouping, Grouping, SerialGrouping
 from dspark_edge.runtime.batching.slots import SlotCaches
 from dspark_edge.runtime.batching.target import TargetCalls
+from dspark_edge.runtime.bit_exact import check_rows, reserved_slots
 from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.round import Draft, Request, Verdict
 from dspark_edge.runtime.scheduling import Costs, Pricing
@@ -32,7 +33,7 @@ class Executor(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Cache slots of a sequence, tokens."""
+        """Cache slots of a sequence that it may fill, tokens."""
 
     @property
     def block_size(self) -> int:
@@ -87,14 +88,16 @@ class ModelExecutor:
     Args:
         engine: executes the graphs; closed with the executor.
         slots: most sequences at once.
-        grouping: see `choose_grouping`.
+        grouping: see `choose_grouping`; one of a fixed width takes width − 1 slots from the capacity, so that a call
+            always has room.
         drafting: whether a drafter is loaded.
         prefill_chunk: width of most prefill calls.
         calibration: of the drafter's confidences; None: the bundle's own.
 
     Raises:
         BundleError: the bundle's calibration is damaged.
-        EngineError: a graph cannot be loaded, memory is short, or the engine's memory cannot be viewed from here.
+        EngineError: a graph cannot be loaded, memory is short, the engine's memory cannot be viewed from here, or the
+            grouping's width is fixed and the backend does not give a token the same bits in each row.
     """
 
     def __init__(
@@ -108,9 +111,11 @@ class ModelExecutor:
     ) -> None:
         manifest = engine.bundle.manifest
         self._engine, self._grouping = engine, grouping
-        self._capacity = manifest.limits.capacity
+        self._capacity = manifest.limits.capacity - reserved_slots(grouping.width)
         self._caches = SlotCaches(engine, slots)
         self._target = TargetCalls(engine, self._caches, slots, prefill_chunk)
+        if grouping.width is not None:
+            check_rows(engine, grouping.width, self._caches.rows(manifest.graphs["target"], 0, 1))
         self._drafter = self._make_drafter(slots, calibration) if drafting else None
         self._block_size = manifest.drafter.block_size if drafting else 0
         self._judge = Judge(engine, slots, self._drafter.candidates if self._drafter else None)

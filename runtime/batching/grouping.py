@@ -1,11 +1,13 @@
 """Which target calls verify a round's requests: pure functions on numbers.
 
-Requests lie in neighbouring slots 0 … n − 1, and a call takes a range of them. Two groupings:
+Requests lie in neighbouring slots 0 … n − 1, and a call takes a range of them. Three groupings:
 
 - **dense**, for the `onnx` and `decomposed` lowerings: one call, as wide as the widest request. Narrower requests are
   padded; what is written behind their tokens is overwritten later.
 - **serial**, for the `ort` lowering, whose attention takes a batch at width 1 only: those that verify nothing share one
   call of width 1, every other request has a call of its own.
+- **single**, for bit-exact decoding in any lowering: a call for each request, all of one width, since a batch is
+  another shape and has other kernels.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
-from dspark_edge.runtime.batching.pricing import Shared
-from dspark_edge.runtime.scheduling import Costs, Dense, Pricing
+from dspark_edge.runtime.batching.pricing import SerialDrafts, Shared
+from dspark_edge.runtime.scheduling import Costs, Dense, FixedWidth, Pricing
 
-__all__ = ["DenseGrouping", "Grouping", "SerialGrouping", "TargetCall", "runs"]
+__all__ = ["DenseGrouping", "Grouping", "SerialGrouping", "SingleGrouping", "TargetCall", "runs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,10 @@ class Grouping(Protocol):
     @property
     def drafts_together(self) -> bool:
         """Whether one drafter call may draft for several requests."""
+
+    @property
+    def width(self) -> int | None:
+        """Tokens of every call; None: as many as its requests need."""
 
     def calls(self, lengths: Sequence[int], rooms: Sequence[int]) -> tuple[TargetCall, ...]:
         """The calls of a round, in order. Each request is judged in one of them.
@@ -59,6 +65,7 @@ class DenseGrouping:
     """
 
     drafts_together = True
+    width = None
 
     def calls(self, lengths: Sequence[int], rooms: Sequence[int]) -> tuple[TargetCall, ...]:
         return tuple(_padded(range(len(lengths)), lengths, rooms))
@@ -76,6 +83,7 @@ class SerialGrouping:
     """
 
     drafts_together = False
+    width = None
 
     def calls(self, lengths: Sequence[int], rooms: Sequence[int]) -> tuple[TargetCall, ...]:
         plain = tuple(slot for slot, length in enumerate(lengths) if length == 0)
@@ -86,6 +94,26 @@ class SerialGrouping:
 
     def pricing(self, costs: Costs) -> Pricing:
         return Shared(costs)
+
+
+@dataclass(frozen=True, slots=True)
+class SingleGrouping:
+    """A call each, all of one width, plain steps included.
+
+    What a request is told is then what it is told alone. So is its draft: at temperature > 0 an answer depends on it.
+    """
+
+    width: int  # W, tokens of every call; each request has room for so many
+
+    @property
+    def drafts_together(self) -> bool:
+        return False
+
+    def calls(self, lengths: Sequence[int], rooms: Sequence[int]) -> tuple[TargetCall, ...]:
+        return tuple(TargetCall(slot, 1, self.width, (slot,)) for slot in range(len(lengths)))
+
+    def pricing(self, costs: Costs) -> Pricing:
+        return FixedWidth(SerialDrafts(costs), self.width)
 
 
 def runs(slots: Sequence[int], kinds: Sequence[object]) -> Iterator[tuple[int, int]]:

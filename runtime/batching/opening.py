@@ -9,8 +9,10 @@ from dspark_edge.engines.engine import Engine
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.engines.profile_device import probe_device
 from dspark_edge.runtime.batching.executor import ModelExecutor, choose_grouping
+from dspark_edge.runtime.batching.grouping import Grouping, SingleGrouping
 from dspark_edge.runtime.batching.options import BatchOptions
 from dspark_edge.runtime.batching.policy import GroupPolicy, GroupScheduling
+from dspark_edge.runtime.bit_exact import exact_width
 from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.scheduled_policy import profiled_costs
 from dspark_edge.runtime.scheduling import Costs
@@ -68,10 +70,14 @@ def assemble(
     if mode is None:
         mode = "static" if costs is None or verify_length is not None else "scheduled"
     options = replace(options, mode=mode, verify_length=verify_length)
-    grouping = choose_grouping(engine, options.execution)
+    grouping: Grouping
+    if options.bit_exact:
+        grouping = SingleGrouping(exact_width(bundle.manifest))
+    else:
+        grouping = choose_grouping(engine, options.execution)
     drafting = mode != "plain"
     calibration = Calibration.load(bundle) if drafting else None
-    executor = ModelExecutor(engine, options.slots, grouping, drafting, options.prefill_chunk, calibration)
+    executor = ModelExecutor(engine, options.slots, grouping, drafting, options.chunk, calibration)
     policy: GroupPolicy | None = None
     if mode == "scheduled" and costs is not None:
         policy = GroupScheduling(costs, executor.pricing, bundle.manifest.drafter.block_size, calibration=calibration)

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.runtime.batching.executor import EXECUTIONS
+from dspark_edge.runtime.bit_exact import chunk_of
 from dspark_edge.runtime.generator import MODES
 
 __all__ = ["BatchOptions"]
+
+_PREFILL_CHUNK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +26,16 @@ class BatchOptions:
     verify_length: int | None = None  # draft tokens verified a round in static mode; None: the whole block
     slots: int = 8  # most requests that are answered at once
     queue: int = 64  # most requests that wait for a slot
-    prefill_chunk: int = 64  # most prompt tokens a call; what others wait for between two rounds
+    prefill_chunk: int | None = None  # most prompt tokens a call, which others wait for between two rounds; None: 64
     execution: str = "auto"  # auto | dense | serial, see `choose_grouping`
+    bit_exact: bool = False  # answers do not depend on how and beside whom they were decoded; see docs/bit-exact.md
 
     def __post_init__(self) -> None:
         for name, value, known in (("mode", self.mode, MODES), ("execution", self.execution, EXECUTIONS)):
             if value not in known:
                 raise InvalidInputError(f"unknown {name} {value!r}; choose one of: {', '.join(known)}")
-        for name in ("slots", "queue", "prefill_chunk"):
+        chunk_of(self.prefill_chunk, _PREFILL_CHUNK, self.bit_exact)
+        for name in ("slots", "queue"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.verify_length is not None and self.mode != "static":
@@ -39,3 +44,12 @@ class BatchOptions:
             )
         if self.verify_length is not None and self.verify_length < 1:
             raise InvalidInputError(f"verify_length is {self.verify_length}, expected at least 1 (or mode 'plain')")
+        if self.bit_exact and self.execution != "auto":
+            raise InvalidInputError(
+                f"execution is {self.execution!r}, but bit_exact makes a call for each request; give one of the two"
+            )
+
+    @property
+    def chunk(self) -> int:
+        """Most prompt tokens a call."""
+        return chunk_of(self.prefill_chunk, _PREFILL_CHUNK, self.bit_exact)

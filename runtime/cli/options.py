@@ -46,7 +46,12 @@ engine_options = _combine(
             "pays on this device.  [default: scheduled once `dspark-edge profile` has run, static before]",
         ),
         click.option("--verify-length", type=int, help="Draft tokens verified a round.  [default: the block]"),
-        click.option("--prefill-chunk", type=int, default=256, show_default=True, help="Most prompt tokens a call."),
+        click.option("--prefill-chunk", type=int, help="Most prompt tokens a call.  [default: 256]"),
+        click.option(
+            "--bit-exact",
+            is_flag=True,
+            help="The same answer to the last bit, however it is decoded; plain steps are as dear as verifications.",
+        ),
         click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, or a provider's full name."),
         click.option("--threads", type=int, help="Threads on the CPU.  [default: all cores]"),
     ]
@@ -94,7 +99,7 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def open_generator(bundle: Path, given: dict[str, Any]) -> Generator:
     """Open a bundle with the values of `engine_options`, which are taken out of `given`."""
-    names = ("mode", "verify_length", "prefill_chunk", "provider", "threads")
+    names = ("mode", "verify_length", "prefill_chunk", "bit_exact", "provider", "threads")
     with waiting("loading the bundle"):
         return Generator.open(bundle, **{name: given.pop(name) for name in names})
 

@@ -13,7 +13,7 @@ from dspark_edge.runtime.scheduling.correction import CorrectedCosts
 from dspark_edge.runtime.scheduling.costs import Costs
 from dspark_edge.runtime.scheduling.ladder import Ladder, Proposal
 from dspark_edge.runtime.scheduling.parking import Evidence, Parking, ParkingOptions
-from dspark_edge.runtime.scheduling.pricing import Dense, Packed, Pricing, Serial
+from dspark_edge.runtime.scheduling.pricing import Dense, FixedWidth, Packed, Pricing, Serial
 from dspark_edge.runtime.scheduling.schedulers import (
     EarlyStop,
     Lagged,
@@ -31,6 +31,7 @@ __all__ = [
     "Dense",
     "EarlyStop",
     "Evidence",
+    "FixedWidth",
     "Ladder",
     "Lagged",
     "LookAhead",

@@ -8,8 +8,10 @@ A target call has one width. So what a draft token costs depends on how the engi
 - **serial**: a call for each request, at batch 1. Requests are priced, and so decided, one by one: a ladder each.
 - **packed**: one row of tokens, Σ(1 + ℓ) of them, through everything but attention. The price is that of so many tokens
   at batch 1; a rung is one token, and the likeliest come first, whosever they are.
+- **fixed width**: a call for each request, always of the same width, for bit-exact decoding. Verification costs what a
+  plain step does: all that is left to decide is whether to draft.
 
-For a single request the three are the same.
+For a single request the first three are the same.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Protocol
 from dspark_edge.runtime.scheduling.costs import Costs
 from dspark_edge.runtime.scheduling.ladder import Ladder, Proposal
 
-__all__ = ["Dense", "Packed", "Pricing", "Serial"]
+__all__ = ["Dense", "FixedWidth", "Packed", "Pricing", "Serial"]
 
 
 class Pricing(Protocol):
@@ -111,6 +113,32 @@ class Packed:
                 expected=tuple(expected),
                 seconds=tuple(_call_s(self.costs, 1, batch + rung, context) for rung in range(len(pairs) + 1)),
             ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FixedWidth:
+    """A call of `width` tokens for each request, at batch 1, whatever is verified."""
+
+    costs: Costs
+    width: int
+
+    def verify_s(self, lengths: Sequence[int], contexts: Sequence[int]) -> float:
+        return sum(_call_s(self.costs, 1, self.width, context) for context in contexts)
+
+    def plain_call(self, contexts: Sequence[int]) -> tuple[int, int, int]:
+        return 1, self.width, contexts[0]
+
+    def ladders(self, proposals: Sequence[Proposal]) -> tuple[Ladder, ...]:
+        """One for each request; all its rungs cost the same, so that whatever may be accepted is verified."""
+        return tuple(
+            Ladder(
+                extends=((index,),) * len(one.survivals),
+                gains=one.survivals,
+                expected=one.expected,
+                seconds=(_call_s(self.costs, 1, self.width, one.context),) * (len(one.survivals) + 1),
+            )
+            for index, one in enumerate(proposals)
         )
 
 

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from dspark_edge.engines.errors import DSparkError
+from dspark_edge.runtime.reporting import html_page
 from dspark_edge.trainer.evaluation import cli as evaluate_cli
 from dspark_edge.trainer.evaluation import evaluate, html
 
@@ -180,7 +181,7 @@ def test_both_refuse_in_one_line(bundle_copy: Path, write_prompts: Callable[...,
 def test_a_page_that_cannot_be_written_is_said_before_anything_runs(
     bundle_dir: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_cli, "require_matplotlib", lambda: None)
+    monkeypatch.setattr(html_page, "require_matplotlib", lambda: None)
     monkeypatch.setattr(evaluate_cli, "evaluate", None)
     for page in (tmp_path, tmp_path / "gone" / "report.html"):
         arguments = [str(bundle_dir), "--prompts", str(prompts), "--html", str(page)]
