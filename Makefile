@@ -30,7 +30,7 @@ help:  ## list the targets
 
 demo: $(VENV)/.export $(BUNDLE)/manifest.json  ## fetch and export a small model, answer a prompt, measure
 	$(SAY) "Measuring this device (20 s)"
-	@$(BIN)/dspark-edge profile $(BUNDLE) --budget 20 > $(CACHE)/profile.log
+	@$(BIN)/dspark-edge profile $(BUNDLE) --budget 20 --batches 1 > $(CACHE)/profile.log
 	$(SAY) "Running the demo"
 	@$(BIN)/python examples/demo.py $(BUNDLE)
 

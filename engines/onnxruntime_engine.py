@@ -15,6 +15,7 @@ from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import NUMPY_DTYPES, Buffer, HostArray, check_binding
 from dspark_edge.engines.errors import EngineError, InvalidInputError, MissingDependencyError
 from dspark_edge.engines.machine import probe_processor
+from dspark_edge.engines.manifest import QUANTIZED_PRECISIONS
 
 __all__ = ["PROVIDERS", "OnnxRuntimeEngine"]
 
@@ -22,6 +23,7 @@ PROVIDERS: Mapping[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExec
 """Short names of the providers that bundles are made for."""
 
 _FIRST_NON_CAUSAL = (1, 29, 1)  # GroupQueryAttention's `causal` attribute
+_FIRST_LOW_BIT = (1, 23)  # embeddings and products of weights in blocks of 8 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,11 @@ class OnnxRuntimeEngine:
                 "or run the bundle on a GPU"
             )
         number = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+        if manifest.precision in QUANTIZED_PRECISIONS and number < _FIRST_LOW_BIT:
+            raise EngineError(
+                f"ONNX Runtime {version} cannot run {manifest.precision} weights, which need 1.23; upgrade onnxruntime, "
+                "or export with --precision fp32"
+            )
         if manifest.lowering == "ort" and manifest.drafter.kind == "dspark" and number < _FIRST_NON_CAUSAL:
             raise EngineError(
                 f"ONNX Runtime {version} cannot run a drafter in the 'ort' lowering, which needs 1.29.1; "

@@ -128,6 +128,16 @@ def test_an_old_onnx_runtime_is_told_what_to_do(bundle: Bundle, monkeypatch: pyt
         OnnxRuntimeEngine(dataclasses.replace(bundle, manifest=manifest))
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_low_bit_weights_need_a_newer_onnx_runtime(
+    bundle: Bundle, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = dataclasses.replace(bundle.manifest, precision=precision)
+    monkeypatch.setattr("onnxruntime.__version__", "1.22.0")
+    with pytest.raises(EngineError, match=f"cannot run {precision} weights, which need 1.23; upgrade onnxruntime"):
+        OnnxRuntimeEngine(dataclasses.replace(bundle, manifest=manifest))
+
+
 def test_a_damaged_graph_is_named(bundle: Bundle, tmp_path: Path) -> None:
     damaged = tmp_path / "bundle"
     damaged.mkdir()
