@@ -117,8 +117,8 @@ class OnnxRuntimeEngine:
         number = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
         if manifest.precision in QUANTIZED_PRECISIONS and number < _FIRST_LOW_BIT:
             raise EngineError(
-                f"ONNX Runtime {version} cannot run {manifest.precision} weights, which need 1.23; upgrade onnxruntime, "
-                "or export with --precision fp32"
+                f"ONNX Runtime {version} cannot run {manifest.precision} weights, which need 1.23; upgrade "
+                "onnxruntime, or export with --precision fp32"
             )
         if manifest.lowering == "ort" and manifest.drafter.kind == "dspark" and number < _FIRST_NON_CAUSAL:
             raise EngineError(
