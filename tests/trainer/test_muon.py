@@ -8,7 +8,7 @@ pytest.importorskip("torch", reason="training needs the [train] extra")
 
 import torch
 
-from dspark_edge.trainer.training.muon import Muon, orthogonalize
+from dspark_edge.trainer.training.muon import Muon, _by_gram, _by_products, orthogonalize
 
 pytestmark = pytest.mark.needs_export
 
@@ -31,6 +31,13 @@ def test_singular_vectors_stay() -> None:
     across = turned - torch.diag(turned.diagonal())
     assert across.abs().max() < 1e-3
     assert turned.diagonal().min() > 0.5
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 5])
+def test_both_ways_are_one(steps: int) -> None:
+    matrix = torch.randn((6, 20), generator=torch.Generator().manual_seed(3))
+    matrix /= matrix.norm()
+    torch.testing.assert_close(_by_gram(matrix, steps), _by_products(matrix, steps), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_comes_of_nothing() -> None:

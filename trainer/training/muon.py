@@ -16,17 +16,39 @@ __all__ = ["Muon", "orthogonalize"]
 # Quintic Newton-Schulz coefficients (Jordan et al.): steep at 0, so that few steps suffice; singular values end
 # within 0.7 and 1.2, which serves as well as 1.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_WIDE = 1.5  # columns to rows, from which products of rows alone are cheaper
 
 
 def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """About U·Vᵀ of a matrix U·S·Vᵀ."""
-    first, second, third = _COEFFICIENTS
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     current = wide / wide.norm().clamp(min=1e-7)
+    current = (_by_gram if wide.shape[1] >= _WIDE * wide.shape[0] else _by_products)(current, steps)
+    return current if matrix.shape[0] <= matrix.shape[1] else current.T
+
+
+def _by_products(current: torch.Tensor, steps: int) -> torch.Tensor:
+    """X ← (a + b·XXᵀ + c·(XXᵀ)²)·X, step by step."""
+    first, second, third = _COEFFICIENTS
     for _ in range(steps):
         gram = current @ current.T
         current = torch.addmm(current, torch.addmm(gram, gram, gram, beta=second, alpha=third), current, beta=first)
-    return current if matrix.shape[0] <= matrix.shape[1] else current.T
+    return current
+
+
+def _by_gram(current: torch.Tensor, steps: int) -> torch.Tensor:
+    """The same with products as narrow as the matrix is: a step's factor P is a polynomial of G = XXᵀ, and what the
+    next step needs of X is P·G·P. Of 576 × 1536 this takes little more than half the time."""
+    first, second, third = _COEFFICIENTS
+    gram = current @ current.T
+    product = None
+    for step in range(steps):
+        factor = torch.addmm(gram, gram, gram, beta=second, alpha=third)
+        factor.diagonal().add_(first)
+        product = factor if product is None else factor @ product
+        if step + 1 < steps:
+            gram = factor @ gram @ factor
+    return current if product is None else product @ current
 
 
 class Muon(torch.optim.Optimizer):
