@@ -264,8 +264,8 @@ class Generator:
                 raise InvalidInputError("mode 'scheduled' needs a scheduling; Generator.open makes one of the profile")
             if scheduling.width != self._verifier.width:
                 raise InvalidInputError(
-                    f"the scheduling has the width {scheduling.width}, expected {self._verifier.width}; StreamScheduling "
-                    "takes the verifications' width where bit_exact is on, and None elsewhere"
+                    f"the scheduling has the width {scheduling.width}, expected {self._verifier.width}; "
+                    "StreamScheduling takes the verifications' width where bit_exact is on, and None elsewhere"
                 )
             return drafter, scheduling
         length = self.options.verify_length or drafter.block_size
