@@ -118,6 +118,21 @@ class Plane:
             cost += (width - widest) * _between(self.contexts, self.width_slopes, context)
         return cost
 
+    def row(self, widest: int, context: int) -> list[float]:
+        """Of the widths 1 … widest: the same as `at`, one after the other."""
+        contexts, rows = self.contexts, self.rows[:widest]
+        index = bisect_right(contexts, context)
+        if 0 < index < len(contexts):
+            share = (context - contexts[index - 1]) / (contexts[index] - contexts[index - 1])
+            costs = [row[index - 1] + (row[index] - row[index - 1]) * share for row in rows]
+        elif index == 0:
+            costs = [row[0] for row in rows]
+        else:
+            beyond = context - contexts[-1]
+            costs = [row[-1] + beyond * slope for row, slope in zip(rows, self.context_slopes, strict=False)]
+        costs += [self.at(width, context) for width in range(len(rows) + 1, widest + 1)]
+        return costs
+
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
@@ -139,6 +154,16 @@ class CostTable:
             return self.planes[batch - 1].at(width, context)
         return self.planes[-1].at(width, context) + (batch - largest) * self.per_sequence.at(width, context)
 
+    def row(self, batch: int, widest: int, context: int) -> list[float]:
+        """Seconds of calls of the widths 1 … widest; the same as `at`, several times as fast.
+
+        Raises:
+            InvalidInputError: batch or width is below 1.
+        """
+        if 1 <= batch <= len(self.planes) and widest >= 1:
+            return self.planes[batch - 1].row(widest, context)
+        return [self.at(batch, width, context) for width in range(1, max(widest, 1) + 1)]
+
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
@@ -155,6 +180,10 @@ class CostModel:
     def draft_s(self, batch: int, context: int) -> float:
         """Seconds of a drafter call for `batch` blocks."""
         return self.drafter.at(batch, 1, context)
+
+    def target_row(self, batch: int, widest: int, context: int) -> list[float]:
+        """`target_s` at the widths 1 … widest."""
+        return self.target.row(batch, widest, context)
 
     def sampler_s(self, batch: int, width: int) -> float:
         """Seconds of acceptance over `width` rows of logits a sequence."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dspark_edge.runtime.scheduling.history import History, unknown_acceptance
 from dspark_edge.runtime.scheduling.ladder import Proposal
@@ -45,8 +46,7 @@ _DOUBT = 0.25
 _ROUNDS_BETWEEN_CHECKS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(NamedTuple):
     """What a sequence brings to a round."""
 
     drafted: int  # tokens of its draft that could be verified: at most the draft and the room behind the anchor
@@ -55,8 +55,7 @@ class Offer:
     greedy: bool  # temperature 0
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """A group's decision for one round."""
 
     lengths: tuple[int, ...]  # verify length of each request
@@ -154,7 +153,7 @@ class Controller:
         drafted = sum(offer.drafted > 0 for offer in offers)
         if drafted:
             lengths = self._scheduler.lengths(proposals, self._pricing, self._pace(states))
-        if self._options is not None:
+        if self._options is not None and any(offer.confidences is None for offer in offers):
             lengths = tuple(map(_probed, lengths, states, offers))
         plain_s = self._pricing.verify_s(nothing, contexts)
         return Plan(
@@ -192,9 +191,12 @@ class Controller:
 
     def _pace(self, states: Sequence[SequenceState]) -> float:
         """Speed-up over plain decoding of recent rounds: the mean over the group, where a parked one has 1."""
-        return sum(1.0 if state.parking.parked else max(state.parking.evidence.gain, 1.0) for state in states) / len(
-            states
-        )
+        total = 0.0
+        for state in states:
+            parking = state.parking
+            gain = 1.0 if parking.parked else parking.evidence.gain
+            total += gain if gain > 1.0 else 1.0
+        return total / len(states)
 
     def _plain_is_doubtful(self, contexts: Sequence[int]) -> bool:
         if self._target_doubt is None or self._rounds_since_check < _ROUNDS_BETWEEN_CHECKS:

@@ -82,6 +82,7 @@ class CorrectedCosts:
         self._plain, self._verifying = _Drift(), _Drift()
         self._shared, self._shared_factor = 0.0, 1.0  # what both classes agree on
         self._deviations: dict[_Bucket, _Deviation] = {}
+        self._sampler_rows: dict[tuple[int, int], list[float]] = {}  # by batch and widest, as profiled
 
     @property
     def drift(self) -> float:
@@ -100,6 +101,21 @@ class CorrectedCosts:
     def sampler_s(self, batch: int, width: int) -> float:
         seconds = self.base.sampler_s(batch, width) * self._shared_factor
         return seconds * self._own_factor(_bucket("sampler", batch, width, 0))
+
+    def verification_row(self, batch: int, widest: int, context: int) -> list[float]:
+        """[widest] of target and acceptance at the widths 1 … widest; see `costs.verification_row`."""
+        targets, samplers = self._base_rows(batch, widest, context)
+        known, shared, bits = self._deviations, self._shared_factor, context.bit_length()
+        factor = self._plain.factor
+        row = []
+        for width, (target, sampler) in enumerate(zip(targets, samplers, strict=True), start=1):
+            if (found := known.get(("target", batch, width, bits))) is not None:
+                target *= found.factor
+            if (found := known.get(("sampler", batch, width, 0))) is not None:
+                sampler *= found.factor
+            row.append(target * factor + sampler * shared)
+            factor = self._verifying.factor
+        return row
 
     def observe_target(self, batch: int, width: int, context: int, seconds: float) -> None:
         """A target call took so long."""
@@ -135,6 +151,18 @@ class CorrectedCosts:
         drift, other = self._classes(width)
         found = self._deviations.get(_bucket("target", batch, width, context))
         return abs(drift.prediction(other) - (found.drift if found is not None else 0.0))
+
+    def _base_rows(self, batch: int, widest: int, context: int) -> tuple[list[float], list[float]]:
+        """As profiled: of the target, and of the acceptance, which does not depend on the context."""
+        samplers = self._sampler_rows.get((batch, widest))
+        if samplers is None:
+            samplers = [self.base.sampler_s(batch, width) for width in range(1, widest + 1)]
+            self._sampler_rows[batch, widest] = samplers
+        whole = getattr(self.base, "target_row", None)
+        if whole is not None:
+            targets: list[float] = whole(batch, widest, context)
+            return targets, samplers
+        return [self.base.target_s(batch, width, context) for width in range(1, widest + 1)], samplers
 
     def _classes(self, width: int) -> tuple[_Drift, _Drift]:
         """The drift of calls of this width, and the other one."""

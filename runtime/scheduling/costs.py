@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
-__all__ = ["Costs"]
+__all__ = ["Costs", "verification_row"]
 
 
 class Costs(Protocol):
@@ -21,3 +22,15 @@ class Costs(Protocol):
 
     def sampler_s(self, batch: int, width: int) -> float:
         """The acceptance of `width` rows of logits a sequence."""
+
+
+def verification_row(costs: Costs, batch: int, widest: int, context: int) -> list[float]:
+    """[widest] seconds of target and acceptance at the widths 1 … widest.
+
+    A round asks for all of them. Costs that know a whole row at once have a method `verification_row`, which is then
+    what is asked.
+    """
+    whole: Callable[[int, int, int], list[float]] | None = getattr(costs, "verification_row", None)
+    if whole is not None:
+        return whole(batch, widest, context)
+    return [costs.target_s(batch, width, context) + costs.sampler_s(batch, width) for width in range(1, widest + 1)]

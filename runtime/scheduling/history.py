@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul, truediv
 
 __all__ = ["Acceptance", "History", "survivals_of"]
 
@@ -30,11 +32,7 @@ _LEAST_TRUST, _MOST_TRUST = 0.2, 1.25
 
 def survivals_of(conditionals: Sequence[float]) -> tuple[float, ...]:
     """Running products."""
-    survivals, product = [], 1.0
-    for conditional in conditionals:
-        product *= conditional
-        survivals.append(product)
-    return tuple(survivals)
+    return tuple(accumulate(conditionals, mul))
 
 
 class Acceptance:
@@ -56,16 +54,13 @@ class Acceptance:
         self._memory = memory
         self._trust_memory = 1 - (1 - memory) / 10  # trust is a slow matter: it takes many outcomes to tell
         self._promised, self._accepted = _PROMISED, _PROMISED * trust
+        self.trust = self._ratio()  # accepted drafts by promised ones
 
     @property
     def conditionals(self) -> list[float]:
         """[γ] means, each within (0, 1)."""
-        pairs = zip(self._sums, self._weights, strict=True)
-        return [min(max(total / weight, _LEAST), _MOST) for total, weight in pairs]
-
-    @property
-    def trust(self) -> float:
-        return min(max(self._accepted / self._promised, _LEAST_TRUST), _MOST_TRUST)
+        means = map(truediv, self._sums, self._weights)
+        return [_LEAST if mean < _LEAST else mean if mean < _MOST else _MOST for mean in means]
 
     def observe(self, confidences: Sequence[float] | None, verify_length: int, accepted: int) -> None:
         """Learn from a drafted round.
@@ -92,6 +87,10 @@ class Acceptance:
         for position in range(judged):
             self._promised = self._promised * self._trust_memory + confidences[position]
             self._accepted = self._accepted * self._trust_memory + (position < accepted)
+        self.trust = self._ratio()
+
+    def _ratio(self) -> float:
+        return min(max(self._accepted / self._promised, _LEAST_TRUST), _MOST_TRUST)
 
     def _learn(self, position: int, weight: float, value: float) -> None:
         left = 1 - (1 - self._memory) * weight
@@ -125,8 +124,10 @@ class History:
         """[drafted] survivals of a draft: by its confidences, or by the forecast where it has none."""
         if confidences is None:
             return self._expected[:drafted]
-        trust = self.trust
-        return survivals_of([min(confidence * trust, _MOST) for confidence in confidences[:drafted]])
+        trust = self._acceptance.trust
+        return survivals_of(  # min() would take longer than all the rest of a round's decisions
+            [value if (value := confidence * trust) < _MOST else _MOST for confidence in confidences[:drafted]]
+        )
 
     def lagged(self, drafted: int) -> tuple[float, ...]:
         """[drafted] survivals of two drafted rounds ago, with forecasts behind where it had fewer."""

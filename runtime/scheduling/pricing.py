@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Protocol
 
-from dspark_edge.runtime.scheduling.costs import Costs
+from dspark_edge.runtime.scheduling.costs import Costs, verification_row
 from dspark_edge.runtime.scheduling.ladder import Ladder, Proposal
 
 __all__ = ["Dense", "FixedWidth", "Packed", "Pricing", "Serial"]
@@ -111,7 +112,7 @@ class Packed:
                 extends=tuple((index,) for _, index in pairs),
                 gains=tuple(-value for value, _ in pairs),
                 expected=tuple(expected),
-                seconds=tuple(_call_s(self.costs, 1, batch + rung, context) for rung in range(len(pairs) + 1)),
+                seconds=tuple(verification_row(self.costs, 1, batch + len(pairs), context)[batch - 1 :]),
             ),
         )
 
@@ -153,22 +154,24 @@ def _mean(contexts: Sequence[int]) -> int:
 def _ladder_of_levels(costs: Costs, proposals: Sequence[Proposal], indices: Sequence[int]) -> Ladder:
     """Rung k: the k-th token of every request, in one call."""
     levels = max(len(one.survivals) for one in proposals)
+    even = all(len(one.survivals) == levels for one in proposals)
     batch, context = len(proposals), max(one.context for one in proposals)
     return Ladder(
-        extends=tuple(
+        extends=(tuple(indices),) * levels
+        if even
+        else tuple(
             tuple(index for index, one in zip(indices, proposals, strict=True) if len(one.survivals) > level)
             for level in range(levels)
         ),
         gains=_sums((one.survivals for one in proposals), levels),
         expected=_sums((one.expected for one in proposals), levels),
-        seconds=tuple(_call_s(costs, batch, 1 + level, context) for level in range(levels + 1)),
+        seconds=tuple(verification_row(costs, batch, 1 + levels, context)),
     )
 
 
 def _sums(rows: Iterable[tuple[float, ...]], levels: int) -> tuple[float, ...]:
     """By position, over rows of different lengths."""
-    sums = [0.0] * levels
-    for row in rows:
-        for level, value in enumerate(row):
-            sums[level] += value
-    return tuple(sums)
+    given = [*rows]
+    if len(given) == 1:
+        return given[0]
+    return tuple(map(sum, zip_longest(*given, fillvalue=0.0))) if levels else ()

@@ -36,7 +36,7 @@ likeliest of the requests' next tokens comes next. So the climb itself is the on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from dspark_edge.runtime.scheduling.ladder import Ladder, Proposal
@@ -187,7 +187,7 @@ class Lagged:
     """
 
     def lengths(self, proposals: Sequence[Proposal], pricing: Pricing, pace: float) -> tuple[int, ...]:
-        past = pricing.ladders([replace(one, survivals=one.lagged) for one in proposals])
+        past = pricing.ladders([one._replace(survivals=one.lagged) for one in proposals])
         rate = _rate(past, len(proposals), pace)
         rungs = [best_rung(ladder.gains, ladder.seconds, rate) for ladder in past]
         return _lengths(pricing.ladders(proposals), rungs, len(proposals))

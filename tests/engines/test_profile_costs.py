@@ -157,6 +157,19 @@ def test_costs_never_fall(case: tuple[CostTable, tuple[int, ...], tuple[int, ...
 
 
 @settings(max_examples=60, deadline=None)
+@given(grids())
+def test_a_row_is_its_costs_one_by_one(
+    case: tuple[CostTable, tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+) -> None:
+    costs, batches, widths, contexts = case
+    for batch, widest, context in product(
+        (1, batches[-1] + 1), (1, widths[-1] + 3), (0, contexts[0], contexts[-1] - 1, contexts[-1] + 50)
+    ):
+        row = costs.row(batch, widest, max(context, 0))
+        assert row == pytest.approx([costs.at(batch, width, max(context, 0)) for width in range(1, widest + 1)])
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=12, max_size=12), st.integers(0, 9))
 def test_measured_costs_that_never_fall_are_kept(rises: list[int], first: int) -> None:
     medians = first + 1.0 + np.array(rises, float).reshape(2, 3, 2).cumsum(0).cumsum(1).cumsum(2)

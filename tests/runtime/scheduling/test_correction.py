@@ -7,6 +7,7 @@ import math
 import pytest
 
 from dspark_edge.runtime.scheduling import CorrectedCosts
+from dspark_edge.runtime.scheduling.costs import verification_row
 
 from .simulation import Device
 
@@ -52,6 +53,19 @@ def test_a_bucket_that_is_off_by_itself_is_learned_without_the_others() -> None:
             observe(costs, width, factor)
     for width, factor in ((1, 1.0), (2, 1.0), (4, 1.0), (8, 1.3)):
         assert costs.target_s(1, width, 200) == pytest.approx(factor * BASE.target_s(1, width, 200), rel=0.1)
+
+
+def test_a_row_is_its_costs_one_by_one() -> None:
+    costs = CorrectedCosts(BASE)
+    for width, factor in ((1, 1.5), (4, 1.9), (4, 2.0)):
+        costs.observe_target(2, width, 100, factor * BASE.target_s(2, width, 100))
+        costs.observe_sampler(2, width, 3.0 * max(BASE.sampler_s(2, width), 1e-3))
+    row = costs.verification_row(2, 6, 100)
+    one_by_one = [costs.target_s(2, width, 100) + costs.sampler_s(2, width) for width in range(1, 7)]
+    assert row == pytest.approx(one_by_one) == verification_row(costs, 2, 6, 100)
+    assert verification_row(BASE, 1, 2, 0) == [
+        BASE.target_s(1, width, 0) + BASE.sampler_s(1, width) for width in (1, 2)
+    ]
 
 
 def test_drafts_and_acceptance_have_their_own_ratio() -> None:
