@@ -66,6 +66,15 @@ def test_generate_prints_one_json_object_a_prompt(bundle_dir: Path, record: Any,
             assert stats[name] >= 0
 
 
+def test_bit_exact_answers_are_the_same_in_all_modes(bundle_dir: Path) -> None:
+    given = ("generate", bundle_dir, "--token-ids", "104,101", "--max-new-tokens", "24", "--bit-exact")
+    answers = [json.loads(run(*given, "--json", "--log-probs", "--mode", mode).stdout) for mode in ("plain", "static")]
+    for name in ("token_ids", "log_probs"):
+        assert answers[0][name] == answers[1][name]
+    refused = error_of(run(*given, "--prefill-chunk", "32"))
+    assert "prefill_chunk is 32, but bit_exact fixes it at 64" in refused
+
+
 def test_generate_streams_ids_where_there_is_no_tokenizer(bundle_dir: Path, record: Any) -> None:
     sample = record["samples"][0]
     ids = ",".join(map(str, sample["prompt"]))
