@@ -8,6 +8,7 @@ DIST ?= dist
 PIP_FLAGS ?= -qq --disable-pip-version-check
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+PEERS_ARGS ?=
 
 BIN := $(VENV)/bin
 MODEL := SmolLM2-135M-Instruct.Q4_1.gguf
@@ -23,7 +24,7 @@ SOURCES := pyproject.toml MANIFEST.in README.md LICENSE $(shell find $(wildcard 
 	-name __pycache__ -prune -o \( -type d -o -name '*.py' -o -name py.typed \) -print)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types bench peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s  %s\n", $$1, $$2}' Makefile
@@ -54,6 +55,14 @@ bench: $(VENV)/.bench $(BUNDLE)/manifest.json $(GENAI)/model.onnx  ## measure on
 	$(SAY) "Footprint of export and import"
 	@$(BIN)/python benchmarks/footprint.py $(TARGET)
 
+peers: $(VENV)/.peers $(foreach kind,fp32 int4,$(BUNDLE)-$(kind)/manifest.json $(GENAI)-$(kind)/model.onnx)  ## compare with other runtimes (compiles llama.cpp the first time); PEERS_ARGS passes options on
+	$(SAY) "Measuring this device (2 x 20 s)"
+	@for kind in fp32 int4; do $(BIN)/dspark-edge profile $(BUNDLE)-$$kind --budget 20 > $(CACHE)/profile.log || exit 1; done
+	$(SAY) "Comparing with transformers, onnxruntime-genai and llama.cpp"
+	@$(BIN)/python benchmarks/peers.py tests/data/prompts.jsonl --bundle $(BUNDLE)-fp32 --bundle $(BUNDLE)-int4 \
+		--genai fp32=$(GENAI)-fp32 --genai int4=$(GENAI)-int4 --transformers $(TARGET) --llama $(TARGET) --lookup 2 10 \
+		--json $(CACHE)/peers.json --chart $(CACHE)/peers.png $(PEERS_ARGS)
+
 clean:  ## remove everything that make wrote, the downloaded model included
 	rm -rf $(VENV) $(CACHE) $(DIST) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
@@ -80,7 +89,7 @@ $(VENV)/.%-packages: $(VENV)/.tools | $(DIST)/.built
 	@$(BIN)/python -m pip install $(PIP_FLAGS) "$(WHEEL)[$*]"
 	@touch $@
 
-$(VENV)/.export $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.%-packages $(DIST)/.built
+$(VENV)/.export $(VENV)/.dev $(VENV)/.bench $(VENV)/.peers: $(VENV)/.%: $(VENV)/.%-packages $(DIST)/.built
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --force-reinstall --no-deps "$(WHEEL)"
 	@touch $@
 
@@ -106,4 +115,15 @@ $(GENAI)/model.onnx: | $(TARGET) $(VENV)/.bench
 	$(SAY) "Converting the model for onnxruntime-genai"
 	@rm -rf $(GENAI) && mkdir -p $(CACHE)
 	@$(BIN)/python benchmarks/make_genai.py $(TARGET) $(GENAI) > $(CACHE)/genai.log 2>&1 || { \
+		cat $(CACHE)/genai.log; exit 1; }
+
+# For the comparison with other runtimes, both precisions of each.
+$(BUNDLE)-%/manifest.json: $(DRAFTER)/model.safetensors | $(TARGET) $(VENV)/.peers
+	$(SAY) "Exporting to $(BUNDLE)-$*"
+	@$(BIN)/dspark-edge export --target $(TARGET) --drafter $(DRAFTER) --precision $* -o $(BUNDLE)-$* --overwrite
+
+$(GENAI)-%/model.onnx: | $(TARGET) $(VENV)/.peers
+	$(SAY) "Converting the model for onnxruntime-genai, $*"
+	@rm -rf $(GENAI)-$* && mkdir -p $(CACHE)
+	@$(BIN)/python benchmarks/make_genai.py $(TARGET) $(GENAI)-$* --precision $* > $(CACHE)/genai.log 2>&1 || { \
 		cat $(CACHE)/genai.log; exit 1; }

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("engines", "exporter", "runtime", "trainer")
-EXTRAS = {"export", "tensorrt", "tensorrt-rtx", "cuda", "serve", "train", "bench", "dev"}
+EXTRAS = {"export", "tensorrt", "tensorrt-rtx", "cuda", "serve", "train", "bench", "peers", "dev"}
 TEXTS = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", ".ci/run")
 
 
