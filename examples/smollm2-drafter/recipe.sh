@@ -4,33 +4,50 @@
 #   examples/smollm2-drafter/recipe.sh TARGET.gguf WORK_FOLDER [PROMPTS.jsonl]
 #
 # TARGET.gguf is SmolLM2-135M-Instruct (`make demo` fetches it to .cache/). The target's answers come with this folder,
-# so that training takes half an hour on two cores; with PROMPTS.jsonl they are made anew, which takes another hour.
+# so that all of it takes less than two hours on two cores; with PROMPTS.jsonl they are made anew, which takes another.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 target=$1 work=$2 prompts=${3:-}
 mkdir -p "$work"
 
 if [ -z "$prompts" ]; then
-    xz -dkc "$here/responses.jsonl.xz" > "$work/responses.jsonl"
-    responses=(--responses "$work/responses.jsonl")
+    for name in responses more-responses library-responses boxed-responses; do
+        [ -e "$work/$name.jsonl" ] || xz -dkc "$here/$name.jsonl.xz" > "$work/$name.jsonl"
+    done
 else
     # The words come with a bundle: its tokenizer and chat template.
     [ -e "$work/plain" ] || dspark-edge export --target "$target" --drafter ngram -o "$work/plain"
     python "$here/prompts.py" "$prompts" "$work/boxed-prompts.jsonl" "$work/stub-prompts.jsonl"
+    python "$here/library_stubs.py" "$work/library-prompts.jsonl"
     respond() {
-        dspark-edge respond --bundle "$work/plain" --target "$target" --max-new-tokens 160 --wave 128 "$@"
+        dspark-edge respond --bundle "$work/plain" --target "$target" --wave 128 "$@"
     }
     # Most prompts are of one kind, so the other kinds are answered more than once, and the target makes up some itself.
-    respond --prompts "$prompts" --samples 1 --samples chat=2 --samples code=4 --synthesise 128 --greedy-share 0.75 \
-        --max-length 420 --seed 1 -o "$work/answers.jsonl"
-    respond --prompts "$work/boxed-prompts.jsonl" --greedy-share 0.85 -o "$work/boxed.jsonl"
-    respond --prompts "$work/stub-prompts.jsonl" --samples 2 --greedy-share 1 -o "$work/stubs.jsonl"
-    responses=(--responses "$work/answers.jsonl" --responses "$work/boxed.jsonl" --responses "$work/stubs.jsonl")
+    mixed=(--samples 1 --samples chat=2 --samples code=4 --max-length 420 --max-new-tokens 160)
+    respond --prompts "$prompts" "${mixed[@]}" --synthesise 128 --greedy-share 0.75 --seed 1 -o "$work/responses.jsonl"
+    respond --prompts "$prompts" "${mixed[@]}" --greedy-share 0.5 --seed 2 -o "$work/other-responses.jsonl"
+    respond --prompts "$work/stub-prompts.jsonl" --samples 2 --greedy-share 1 --max-new-tokens 160 \
+        -o "$work/stub-responses.jsonl"
+    cat "$work"/{other,stub}-responses.jsonl > "$work/more-responses.jsonl"
+    respond --prompts "$work/library-prompts.jsonl" --greedy-share 1 --max-new-tokens 128 --max-length 330 \
+        -o "$work/library-responses.jsonl"
+    respond --prompts "$work/boxed-prompts.jsonl" --greedy-share 0.9 --max-new-tokens 144 --max-length 330 \
+        -o "$work/boxed-responses.jsonl"
 fi
 
-[ -e "$work/drafter/model.safetensors" ] || dspark-edge train --target "$target" "${responses[@]}" \
-    -o "$work/drafter" --layers 2 --block-size 7 --draft-vocab 8192 --steps 600 --batch 8 --anchors 32 --warmup 30 \
+# First a little of everything, half of it on short blocks.
+[ -e "$work/first/model.safetensors" ] || dspark-edge train --target "$target" --responses "$work/responses.jsonl" \
+    -o "$work/first" --layers 2 --block-size 7 --draft-vocab 8192 --steps 600 --batch 8 --anchors 32 --warmup 30 \
     --evaluate-every 100 --checkpoint-every 50
+
+# Then what that left weak, with a draft vocabulary chosen from all answers.
+python "$here/pick.py" "$work/picked.jsonl" \
+    "$work"/{responses,more-responses,library-responses,boxed-responses}.jsonl
+[ -e "$work/drafter/model.safetensors" ] || dspark-edge train --target "$target" --responses "$work/picked.jsonl" \
+    -o "$work/drafter" --warm-start "$work/first" --layers 2 --block-size 7 \
+    --draft-vocab 10240 --count "$work/responses.jsonl" --count "$work/more-responses.jsonl" \
+    --count "$work/library-responses.jsonl" --steps 1150 --batch 8 --anchors 32 --warmup 30 --learning-rate 0.0012 \
+    --short-share 0.7 --divergence-share 0.6 --evaluate-every 100 --checkpoint-every 50
 
 [ -e "$work/bundle" ] || dspark-edge export --target "$target" --drafter "$work/drafter" -o "$work/bundle"
 dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl"
