@@ -120,4 +120,5 @@ class _Call:
         self._token_ids.write(token_ids)
         self._start.write(start)
         self._call.run()
-        return self._logits.read()[0].copy()
+        logits: HostArray = self._logits.read()[0].copy()
+        return logits
