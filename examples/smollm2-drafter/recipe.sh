@@ -50,4 +50,4 @@ python "$here/pick.py" "$work/picked.jsonl" \
     --short-share 0.7 --divergence-share 0.6 --evaluate-every 100 --checkpoint-every 50
 
 [ -e "$work/bundle" ] || dspark-edge export --target "$target" --drafter "$work/drafter" -o "$work/bundle"
-dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl"
+dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl" --limit 60
