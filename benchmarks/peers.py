@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from peer_report import Run, Timing, draw, summarise, table, turns
 
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.errors import DSparkError
+from dspark_edge.engines.machine import installed_version
 from dspark_edge.engines.profile_device import probe_device
 from dspark_edge.runtime import MODES
 from dspark_edge.runtime.encoding import PromptEncoder
@@ -137,13 +137,8 @@ def planned(arguments: argparse.Namespace, common: Mapping[str, Any]) -> tuple[d
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: version for name in PACKAGES if (version := installed_version(name))}
+    return {"python": platform.python_version(), **found}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import platform
 import sys
 from collections.abc import Callable
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -25,7 +24,7 @@ from typing import Any
 
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import sized
-from dspark_edge.engines.machine import probe_processor
+from dspark_edge.engines.machine import installed_version, probe_processor
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.runtime import Generator, SamplingParams
 
@@ -84,12 +83,8 @@ def versions() -> dict[str, str]:
         "machine": platform.machine(),
         "processor": f"{processor.model}, {processor.usable_cores} cores",
     }
-    for package in ("dspark-edge", "onnxruntime", "onnxruntime-genai", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    packages = ("dspark-edge", "onnxruntime", "onnxruntime-genai", "numpy")
+    return found | {name: version for name in packages if (version := installed_version(name))}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -182,10 +182,11 @@ class Profile(Record):
             if not points:
                 raise BundleError(f"{at} is empty")
             grid = [(point.batch, point.width, point.context) for point in points]
-            _, widths, contexts = (len(set(axis)) for axis in zip(*grid, strict=True))
             if (problem := _grid_problem(grid)) is not None:
                 raise BundleError(f"{at}: {problem}")
-            if (role.startswith("drafter") and widths > 1) or (role.startswith("sampler") and contexts > 1):
+            if (role.startswith("drafter") and len({point.width for point in points}) > 1) or (
+                role.startswith("sampler") and len({point.context for point in points}) > 1
+            ):
                 axis = "width" if role.startswith("drafter") else "context"
                 raise BundleError(f"{at} has points of several {axis}s; expected one")
 

@@ -158,11 +158,11 @@ class CostTable:
         """Seconds of calls of the widths 1 … widest; the same as `at`, several times as fast.
 
         Raises:
-            InvalidInputError: batch or width is below 1.
+            InvalidInputError: the batch is below 1.
         """
-        if 1 <= batch <= len(self.planes) and widest >= 1:
+        if 1 <= batch <= len(self.planes):
             return self.planes[batch - 1].row(widest, context)
-        return [self.at(batch, width, context) for width in range(1, max(widest, 1) + 1)]
+        return [self.at(batch, width, context) for width in range(1, widest + 1)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,11 +125,7 @@ class Tally:
         lengths = Counter(one.verify_length for one in rounds)
         accepted = Counter(position for one in rounds for position in range(one.accepted_length - 1))
         predicted = [(one, one.prediction) for one in rounds if one.prediction is not None]
-        errors = sorted(
-            abs((expected.draft_s + expected.verify_s) / (one.draft_s + one.verify_s) - 1)
-            for one, expected in predicted
-            if one.draft_s + one.verify_s > 0
-        )
+        errors = sorted(error for one in rounds if (error := _prediction_error(one)) is not None)
         known = len(predicted) == len(rounds) > 0
         return Statistics(
             prompt_tokens=self.prompt_tokens,
@@ -241,11 +237,10 @@ class EngineTally:
         if not any(one.drafted for one in records):
             sums["parked_s"] += observed
         if first.prediction is not None:
-            predicted = first.prediction.draft_s + first.prediction.verify_s
-            sums["predicted_s"] += predicted
+            sums["predicted_s"] += first.prediction.draft_s + first.prediction.verify_s
             sums["plain_s"] += first.prediction.plain_s * committed / len(records)
-            if observed > 0:
-                self._errors.append(abs(predicted / observed - 1))
+        if (error := _prediction_error(first)) is not None:
+            self._errors.append(error)
 
     def end_request(self, prompt_tokens: int, new_tokens: int) -> None:
         """A request has its answer, or as much of it as it wanted."""
@@ -270,6 +265,14 @@ class EngineTally:
             plain_s=sums["plain_s"] if known else None,
             prediction_error=median(self._errors) if self._errors else None,
         )
+
+
+def _prediction_error(record: Round) -> float | None:
+    """|predicted / observed − 1| of draft and verification; None where there is nothing to compare."""
+    expected, observed = record.prediction, record.draft_s + record.verify_s
+    if expected is None or observed <= 0:
+        return None
+    return abs((expected.draft_s + expected.verify_s) / observed - 1)
 
 
 def _row(counts: Counter[int]) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ what they do.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -86,28 +85,21 @@ class ModelContender:
         if mode.name == "scheduled" and costs is None:
             raise InvalidInputError("mode 'scheduled' needs a profile; run: dspark-edge profile BUNDLE")
         self._mode = mode
-        self._stack = ExitStack()
-        self._single: Generator | None = None
-        self._many: BatchGenerator | None = None
         view = EngineView(engine)
-        if concurrency == 1:
-            self._single = self._stack.enter_context(_single(view, mode, costs))
-        else:
-            self._many = self._stack.enter_context(_many(view, mode, concurrency, costs))
+        self._generator = _single(view, mode, costs) if concurrency == 1 else _many(view, mode, concurrency, costs)
 
     @property
     def mode(self) -> Mode:
         return self._mode
 
     def run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Run:
-        before = self._statistics
+        before = self._generator.statistics
         answers = self._answers(prompts, params)
-        return _difference(before, self._statistics, tuple(answer.token_ids for answer in answers))
+        return _difference(before, self._generator.statistics, tuple(answer.token_ids for answer in answers))
 
     def close(self) -> None:
         """Release its caches. May be called twice."""
-        self._stack.close()
-        self._single = self._many = None
+        self._generator.close()
 
     def __enter__(self) -> ModelContender:
         return self
@@ -116,17 +108,6 @@ class ModelContender:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    @property
-    def _statistics(self) -> EngineStatistics:
-        return self._generator.statistics
-
-    @property
-    def _generator(self) -> Generator | BatchGenerator:
-        generator = self._single or self._many
-        if generator is None:
-            raise InvalidInputError("the contender is closed")
-        return generator
 
     def _answers(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Generation]:
         generator = self._generator

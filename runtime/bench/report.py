@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dspark_edge.engines.machine import installed_version, probe_processor
 from dspark_edge.runtime.bench.cells import Cell, worst_first
 from dspark_edge.runtime.bench.settings import BenchOptions
-from dspark_edge.runtime.reporting.html_page import new_axes, render_page, require_matplotlib
+from dspark_edge.runtime.reporting.circumstances import machine_facts, versions_of
+from dspark_edge.runtime.reporting.html_page import figure_style, new_axes, render_page, require_matplotlib
 from dspark_edge.runtime.reporting.text_table import TextTable, number, share
 
 if TYPE_CHECKING:
@@ -101,21 +99,12 @@ def make_report(
         interrupted: whether cells are missing.
         notes: warnings of whoever measured.
     """
-    versions = {package: installed_version(package) for package in _PACKAGES}
-    processor = probe_processor(Path("/"))
     settings = {**asdict(options), "modes": [str(mode) for mode in options.modes], **engine}
     return BenchReport(
         measured_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         settings=settings,
-        versions={
-            "python": platform.python_version(),
-            **{name: version for name, version in versions.items() if version},
-        },
-        machine={
-            "processor": processor.model,
-            "architecture": processor.architecture,
-            "cores": processor.usable_cores,
-        },
+        versions=versions_of(_PACKAGES),
+        machine=machine_facts(),
         cells=tuple(worst_first(cells)),
         interrupted=interrupted,
         notes=tuple(notes),
@@ -204,10 +193,8 @@ def _row(cell: Cell) -> tuple[str, ...]:
 
 def _figures(report: BenchReport) -> list[tuple[str, Figure]]:
     """Tokens/s by domain, a figure for each bundle, temperature and concurrency."""
-    from matplotlib import rc_context
-
     found = []
-    with rc_context({"text.parse_math": False, "font.family": "sans-serif"}):  # a domain may be called "$x"
+    with figure_style():
         places = dict.fromkeys(
             (cell.bundle, cell.precision, cell.temperature, cell.concurrency) for cell in report.cells
         )

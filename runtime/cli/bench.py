@@ -17,7 +17,7 @@ from dspark_edge.engines.profile_device import probe_device
 from dspark_edge.runtime.bench.bench import RANDOM_DOMAIN, Bench, prompts_by_domain, random_prompts
 from dspark_edge.runtime.bench.report import BenchReport, make_report, render_html, tables
 from dspark_edge.runtime.bench.settings import BenchOptions, parse_mode
-from dspark_edge.runtime.cli.options import counting
+from dspark_edge.runtime.cli.options import counting, numbers, whole_numbers
 from dspark_edge.runtime.encoding import Prompt
 from dspark_edge.runtime.prompts import read_prompt_records
 from dspark_edge.runtime.reporting.html_page import check_page_path, write_page
@@ -26,25 +26,6 @@ from dspark_edge.runtime.scheduled_policy import profiled_costs
 from dspark_edge.runtime.scheduling import Costs
 
 __all__ = ["bench"]
-
-Numbers = tuple[float, ...]
-
-
-def _listed(context: click.Context, parameter: click.Parameter, text: str) -> Numbers:
-    """Numbers written as "1,2,4"."""
-    try:
-        return tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
-    except ValueError:
-        raise InvalidInputError(
-            f"{parameter.opts[0]} is {text!r}, expected numbers with commas, such as 1,2,4"
-        ) from None
-
-
-def _whole(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
-    numbers = _listed(context, parameter, text)
-    if any(value != int(value) for value in numbers):
-        raise InvalidInputError(f"{parameter.opts[0]} is {text!r}, expected whole numbers, such as 1,2,4")
-    return tuple(int(value) for value in numbers)
 
 
 def _costs(
@@ -100,9 +81,9 @@ def _show(report: BenchReport, as_json: bool) -> None:
     help="What is compared; static:3 verifies 3 draft tokens every round.",
 )
 @click.option(
-    "--concurrency", "concurrencies", default="1", show_default=True, callback=_whole, help="Requests at once."
+    "--concurrency", "concurrencies", default="1", show_default=True, callback=whole_numbers, help="Requests at once."
 )
-@click.option("--temperatures", default="0", show_default=True, callback=_listed, help="0 is greedy.")
+@click.option("--temperatures", default="0", show_default=True, callback=numbers, help="0 is greedy.")
 @click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Of an answer.")
 @click.option("--repeats", type=int, default=3, show_default=True, help="Runs of each; medians are of these.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take only the first prompts of each domain.")

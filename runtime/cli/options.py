@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.runtime.cli import waiting
 from dspark_edge.runtime.generator import MODES, Generator
 from dspark_edge.runtime.sampling import SamplingParams
@@ -17,10 +18,12 @@ __all__ = [
     "bundle_argument",
     "counting",
     "engine_options",
+    "numbers",
     "open_generator",
     "sampling_options",
     "sampling_params",
     "summary",
+    "whole_numbers",
 ]
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -95,6 +98,25 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...]:
+    """An option's numbers, written as "0,0.5,1", each once."""
+    try:
+        return tuple(dict.fromkeys(float(part) for part in (text or "").split(",") if part.strip()))
+    except ValueError:
+        raise InvalidInputError(
+            f"{parameter.opts[0]} is {text!r}, expected numbers with commas, such as 1,2,4"
+        ) from None
+
+
+def whole_numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...]:
+    """An option's whole numbers, written as "1,2,4", each once."""
+    numbers(context, parameter, text)
+    try:
+        return tuple(dict.fromkeys(int(part) for part in (text or "").split(",") if part.strip()))
+    except ValueError:
+        raise InvalidInputError(f"{parameter.opts[0]} is {text!r}, expected whole numbers, such as 1,2,4") from None
 
 
 def open_generator(bundle: Path, given: dict[str, Any]) -> Generator:

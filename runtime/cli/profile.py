@@ -19,8 +19,9 @@ from dspark_edge.engines.profile import SAMPLER_ROLES, Profile, check_writable, 
 from dspark_edge.engines.profile_device import Device, probe_device
 from dspark_edge.engines.replace_file import replace_file
 from dspark_edge.runtime.cli import waiting
-from dspark_edge.runtime.cli.options import bundle_argument
+from dspark_edge.runtime.cli.options import bundle_argument, whole_numbers
 from dspark_edge.runtime.profiling import plan_profile, profile_engine, usual_batches
+from dspark_edge.runtime.reporting.html_page import check_file_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,16 +33,6 @@ _BUDGET_S = 60.0
 _UNEVEN = 0.25  # spread of most target costs from which a profile is worth a warning
 _WIDTH = "width (anchor and drafts)"
 _SAMPLER_TITLES = {"sampler_greedy": "greedy", "sampler": "drawing", "sampler_filtered": "drawing with filters"}
-
-
-def _numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...]:
-    """Numbers written as "1,2,4"."""
-    try:
-        return tuple(int(part) for part in (text or "").split(",") if part.strip())
-    except ValueError:
-        raise InvalidInputError(
-            f"{parameter.opts[0]} is {text!r}, expected numbers with commas, such as 1,2,4"
-        ) from None
 
 
 @contextmanager
@@ -195,8 +186,7 @@ def _ms(seconds: float) -> str:
 def _check_picture(path: Path) -> None:
     """Refuse a picture before a measurement, not behind it."""
     _require_matplotlib()
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InvalidInputError(f"cannot write {path}: it is a folder, or its folder is missing; give a file's name")
+    check_file_path(path)
 
 
 def _write_picture(profile: Profile, picture: Path | None, beside: Path) -> Path | None:
@@ -253,9 +243,15 @@ def _warnings(profile: Profile, device: Device, bundle: Bundle) -> Iterator[str]
 @bundle_argument
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, or a provider's full name.")
 @click.option("--threads", type=int, help="Threads on the CPU.  [default: all cores]")
-@click.option("--widths", callback=_numbers, metavar="1,2,4", help="Tokens a call; 1 and γ + 1 are always measured.")
-@click.option("--contexts", callback=_numbers, metavar="128,2048", help="Cached tokens.  [default: up to the capacity]")
-@click.option("--batches", callback=_numbers, metavar="1,2", help="Sequences at once.  [default: 1,2,4,8 on the CPU]")
+@click.option(
+    "--widths", callback=whole_numbers, metavar="1,2,4", help="Tokens a call; 1 and γ + 1 are always measured."
+)
+@click.option(
+    "--contexts", callback=whole_numbers, metavar="128,2048", help="Cached tokens.  [default: up to the capacity]"
+)
+@click.option(
+    "--batches", callback=whole_numbers, metavar="1,2", help="Sequences at once.  [default: 1,2,4,8 on the CPU]"
+)
 @click.option("--budget", type=float, help=f"Seconds to measure for.  [default: {_BUDGET_S:g}]")
 @click.option(
     "--picture",

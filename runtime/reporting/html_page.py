@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["check_page_path", "look", "new_axes", "render_page", "require_matplotlib", "write_page"]
+__all__ = [
+    "check_file_path",
+    "check_page_path",
+    "figure_style",
+    "look",
+    "new_axes",
+    "render_page",
+    "require_matplotlib",
+    "write_page",
+]
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers
 _MARKERS = "osD^vP"
@@ -53,6 +63,15 @@ def check_page_path(path: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
     """
     require_matplotlib()
+    check_file_path(path)
+
+
+def check_file_path(path: Path) -> None:
+    """Refuse a file's path before a measurement, not behind it.
+
+    Raises:
+        InvalidInputError: nothing can be written there.
+    """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise InvalidInputError(f"cannot write {path}: it is a folder, or its folder is missing; give a file's name")
 
@@ -98,6 +117,15 @@ def render_page(
         f'<div class="figures">{images}</div>\n{"".join(map(_table, tables))}\n'
         f"<h2>Settings</h2>\n<pre>{escape(settings)}</pre>\n</body></html>\n"
     )
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """In which figures are made: a name is taken as it is, so that a domain may be called "$x"."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False, "font.family": "sans-serif"}):
+        yield
 
 
 def new_axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:

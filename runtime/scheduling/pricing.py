@@ -16,7 +16,7 @@ For a single request the first three are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Protocol
@@ -163,15 +163,12 @@ def _ladder_of_levels(costs: Costs, proposals: Sequence[Proposal], indices: Sequ
             tuple(index for index, one in zip(indices, proposals, strict=True) if len(one.survivals) > level)
             for level in range(levels)
         ),
-        gains=_sums((one.survivals for one in proposals), levels),
-        expected=_sums((one.expected for one in proposals), levels),
+        gains=_sums([one.survivals for one in proposals]),
+        expected=_sums([one.expected for one in proposals]),
         seconds=tuple(verification_row(costs, batch, 1 + levels, context)),
     )
 
 
-def _sums(rows: Iterable[tuple[float, ...]], levels: int) -> tuple[float, ...]:
+def _sums(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
     """By position, over rows of different lengths."""
-    given = [*rows]
-    if len(given) == 1:
-        return given[0]
-    return tuple(map(sum, zip_longest(*given, fillvalue=0.0))) if levels else ()
+    return rows[0] if len(rows) == 1 else tuple(map(sum, zip_longest(*rows, fillvalue=0.0)))

@@ -33,7 +33,7 @@ from dspark_edge.runtime.scheduled_policy import StreamScheduling
 from dspark_edge.runtime.scheduling import EarlyStop, FixedWidth, Lagged, LookAhead, Proposal, Scheduler, Threshold
 
 from ..conftest import runs_lowering
-from .scripted import TableCosts
+from .scripted import TableCosts, Unobserved
 
 BLOCK = 7
 WIDTH = BLOCK + 1
@@ -156,14 +156,6 @@ class ChosenExecutor(ModelExecutor):
 
     def observe(self, observer: CallObserver | None) -> None:
         super().observe(None)
-
-
-class Unobserved(StreamScheduling):
-    def policy(self, params: SamplingParams) -> Any:
-        policy = super().policy(params)
-        for kind in ("observe_draft", "observe_verification"):
-            setattr(policy._costs, kind, lambda *_: None)
-        return policy
 
 
 SCHEDULES: dict[str, tuple[dict[str, Any], Scheduler | None]] = {

@@ -19,25 +19,15 @@ from dspark_edge.runtime import Generator, GeneratorOptions, SamplingParams
 from dspark_edge.runtime.calibration import Calibration, CalibrationData, Fit, Scaling
 from dspark_edge.runtime.profiling import plan_profile, profile_engine
 from dspark_edge.runtime.round import Round
-from dspark_edge.runtime.scheduled_policy import StreamScheduling, mean_conditionals
+from dspark_edge.runtime.scheduled_policy import mean_conditionals
 from dspark_edge.runtime.scheduling import EarlyStop, Lagged, LookAhead, Scheduler, Static
 
-from .scripted import TableCosts
+from .scripted import TableCosts, Unobserved
 
 LONG = SamplingParams(max_new_tokens=64)
 CHEAP = TableCosts(target=(1.0, 1.01, 1.02, 1.03, 1.04, 1.05, 1.06, 1.07), draft=0.05)
 DEAR = TableCosts(target=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0), draft=0.5)
 ROLES = ("sampler_greedy", "sampler", "sampler_filtered")
-
-
-class Unobserved(StreamScheduling):
-    """Made-up costs, which real times must not correct."""
-
-    def policy(self, params: SamplingParams) -> Any:
-        policy = super().policy(params)
-        for kind in ("observe_draft", "observe_verification"):
-            setattr(policy._costs, kind, lambda *_: None)
-        return policy
 
 
 @contextmanager

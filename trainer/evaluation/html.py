@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from dspark_edge.runtime.reporting.html_page import look, new_axes, render_page, require_matplotlib
+from dspark_edge.runtime.reporting.html_page import figure_style, look, new_axes, render_page, require_matplotlib
 from dspark_edge.runtime.reporting.text_table import number, share
 from dspark_edge.trainer.evaluation.measures import ConfidenceMeasures
 from dspark_edge.trainer.evaluation.report import EvaluationReport
@@ -53,9 +53,7 @@ def _settings(report: EvaluationReport) -> str:
 
 
 def _figures(report: EvaluationReport) -> list[tuple[str, Figure]]:
-    from matplotlib import rc_context
-
-    with rc_context({"text.parse_math": False, "font.family": "sans-serif"}):  # a domain may be called "$x"
+    with figure_style():
         figures = [
             ("Acceptance by position", _positions(report, "acceptance_by_position", "accepted")),
             (

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from dspark_edge.engines.bundle import Bundle
-from dspark_edge.engines.machine import installed_version, probe_processor
 from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.prompts import PromptRecord, hash_prompts
+from dspark_edge.runtime.reporting.circumstances import machine_facts, versions_of
 from dspark_edge.trainer.evaluation.evaluate import Difference, Evaluation, EvaluationOptions
 from dspark_edge.trainer.evaluation.measures import Measures, measure
 
@@ -109,8 +107,8 @@ def make_report(
     return EvaluationReport(
         bundle=_bundle_facts(bundle),
         settings=settings,
-        versions=_versions(),
-        machine=_machine(),
+        versions=versions_of(_PACKAGES),
+        machine=machine_facts(),
         calibration=_calibration(evaluation.calibration, records, options.temperature),
         overall=measure(evaluation.results, evaluation.block_size, calibrated),
         domains={name: measure(results, evaluation.block_size, calibrated) for name, results in domains.items()},
@@ -132,16 +130,6 @@ def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "precision": manifest.precision,
         "created_at": manifest.provenance.created_at,
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {package: installed_version(package) for package in _PACKAGES}
-    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
-
-
-def _machine() -> dict[str, Any]:
-    processor = probe_processor(Path("/"))
-    return {"processor": processor.model, "architecture": processor.architecture, "cores": processor.usable_cores}
 
 
 def _calibration(
