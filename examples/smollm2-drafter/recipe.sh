@@ -4,14 +4,14 @@
 #   examples/smollm2-drafter/recipe.sh TARGET.gguf WORK_FOLDER [PROMPTS.jsonl]
 #
 # TARGET.gguf is SmolLM2-135M-Instruct (`make demo` fetches it to .cache/). The target's answers come with this folder,
-# so that all of it takes less than two hours on two cores; with PROMPTS.jsonl they are made anew, which takes another.
+# so that all of it takes less than four hours on two cores; with PROMPTS.jsonl they are made anew, which takes another.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 target=$1 work=$2 prompts=${3:-}
 mkdir -p "$work"
 
 if [ -z "$prompts" ]; then
-    for name in responses more-responses library-responses boxed-responses; do
+    for name in responses {more,library,boxed,conversation,function}-responses; do
         [ -e "$work/$name.jsonl" ] || xz -dkc "$here/$name.jsonl.xz" > "$work/$name.jsonl"
     done
 else
@@ -19,6 +19,7 @@ else
     [ -e "$work/plain" ] || dspark-edge export --target "$target" --drafter ngram -o "$work/plain"
     python "$here/prompts.py" "$prompts" "$work/boxed-prompts.jsonl" "$work/stub-prompts.jsonl"
     python "$here/library_stubs.py" "$work/library-prompts.jsonl"
+    python "$here/conversations.py" "$work/conversation-prompts.jsonl" "$work/function-prompts.jsonl"
     respond() {
         dspark-edge respond --bundle "$work/plain" --target "$target" --wave 128 "$@"
     }
@@ -33,6 +34,10 @@ else
         -o "$work/library-responses.jsonl"
     respond --prompts "$work/boxed-prompts.jsonl" --greedy-share 0.9 --max-new-tokens 144 --max-length 330 \
         -o "$work/boxed-responses.jsonl"
+    respond --prompts "$work/conversation-prompts.jsonl" --greedy-share 0.85 --max-new-tokens 128 --max-length 520 \
+        --seed 3 -o "$work/conversation-responses.jsonl"
+    respond --prompts "$work/function-prompts.jsonl" --greedy-share 1 --max-new-tokens 128 \
+        -o "$work/function-responses.jsonl"
 fi
 
 # First a little of everything, half of it on short blocks.
@@ -41,13 +46,23 @@ fi
     --evaluate-every 100 --checkpoint-every 50
 
 # Then what that left weak, with a draft vocabulary chosen from all answers.
-python "$here/pick.py" "$work/picked.jsonl" \
-    "$work"/{responses,more-responses,library-responses,boxed-responses}.jsonl
-[ -e "$work/drafter/model.safetensors" ] || dspark-edge train --target "$target" --responses "$work/picked.jsonl" \
-    -o "$work/drafter" --warm-start "$work/first" --layers 2 --block-size 7 \
+python "$here/pick.py" second "$work/picked.jsonl" "$work"/{responses,{more,library,boxed}-responses}.jsonl
+[ -e "$work/second/model.safetensors" ] || dspark-edge train --target "$target" --responses "$work/picked.jsonl" \
+    -o "$work/second" --warm-start "$work/first" --layers 2 --block-size 7 \
     --draft-vocab 10240 --count "$work/responses.jsonl" --count "$work/more-responses.jsonl" \
     --count "$work/library-responses.jsonl" --steps 1150 --batch 8 --anchors 32 --warmup 30 --learning-rate 0.0012 \
     --short-share 0.7 --divergence-share 0.6 --evaluate-every 100 --checkpoint-every 50
 
+# And conversations of two turns, with confidences in what greedy decoding accepts.
+python "$here/pick.py" third "$work/picked-again.jsonl" \
+    "$work"/{responses,{more,library,boxed,conversation,function}-responses}.jsonl
+[ -e "$work/drafter/model.safetensors" ] || dspark-edge train --target "$target" \
+    --responses "$work/picked-again.jsonl" -o "$work/drafter" --warm-start "$work/second" --layers 2 --block-size 7 \
+    --draft-vocab 10240 --count "$work/responses.jsonl" --count "$work/more-responses.jsonl" \
+    --count "$work/library-responses.jsonl" --count "$work/conversation-responses.jsonl" \
+    --count "$work/function-responses.jsonl" --steps 1250 --batch 8 --anchors 32 --warmup 30 --learning-rate 0.001 \
+    --short-share 0.6 --divergence-share 0.6 --cross-entropy 0.3 --confidence-target outcome \
+    --evaluate-every 100 --checkpoint-every 50
+
 [ -e "$work/bundle" ] || dspark-edge export --target "$target" --drafter "$work/drafter" -o "$work/bundle"
-dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl" --limit 60
+dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl" --limit 96

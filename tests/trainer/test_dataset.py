@@ -190,3 +190,35 @@ def test_the_hash_is_of_what_is_trained_on() -> None:
     assert plain == hash_examples([example("x", 5), example("y", 6)]) and len(plain) == 64
     others = [[second, first], [first], [first, second, second], [Example(first.token_ids, 3, "a", "g", True), second]]
     assert plain not in {hash_examples(other) for other in others}
+
+
+def test_a_conversation_is_trained_on_as_one_sequence(tmp_path: Path) -> None:
+    """Where a later turn's prompt repeats what was answered before."""
+    said = [1, 100, 7, 8, 9]
+    lines = [
+        entry(0),
+        entry(0, 1, prompt_ids=[*said, 50, 51], response_ids=[4, 5, 6]),
+        entry(0, 2, prompt_ids=[*said, 50, 51, 4, 5, 6, 52], response_ids=[2, 3]),
+        entry(0, sample=1),  # was sampled, and led to nothing
+        entry(5),
+    ]
+    for order in ([0, 1, 2, 3, 4], [2, 0, 1, 4, 3]):
+        examples = read_examples([write(tmp_path / "r.jsonl", [lines[index] for index in order])], VOCABULARY)
+        (whole,) = (each for each in examples if each.earlier)
+        assert len(examples) == 3 and len({each.group for each in examples}) == 2
+        assert whole.token_ids.tolist() == [*said, 50, 51, 4, 5, 6, 52, 2, 3]
+        assert whole.answers == ((2, 5), (7, 10), (11, 13))
+    # Cut behind the second turn, the third is left out and the second takes up the first.
+    cut = read_examples([write(tmp_path / "r.jsonl", lines[:3])], VOCABULARY, max_length=11)
+    assert [(len(each), each.answers) for each in cut] == [(10, ((2, 5), (7, 10)))]
+
+
+def test_turns_that_are_not_repeated_stay_sequences_of_their_own(tmp_path: Path) -> None:
+    long = entry(0, response_ids=[7, 8, 9, 10])
+    halved = entry(0, 1, prompt_ids=[1, 100, 7, 8, 9, 11, 12], response_ids=[4, 5])  # 10 became 11
+    other = entry(0, 1, prompt_ids=[1, 100, 7, 8, 3, 10, 12], response_ids=[4, 5])
+    (joined,) = read_examples([write(tmp_path / "r.jsonl", [long, halved])], VOCABULARY)
+    assert joined.answers == ((2, 5), (7, 9))
+    for second in (other, {**halved, "temperature": 1.0}, {**halved, "prompt": 3}):
+        apart = read_examples([write(tmp_path / "r.jsonl", [long, second])], VOCABULARY)
+        assert [each.earlier for each in apart] == [(), ()]

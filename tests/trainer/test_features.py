@@ -99,6 +99,17 @@ def expect_features(store: FeatureStore, target: TargetModel, examples: list[Exa
         torch.testing.assert_close(found.log_normalizers, expected.log_normalizers.clone(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_sequence_that_comes_twice_is_kept_once(
+    target: TargetModel, examples: list[Example], make_store: MakeStore, computed: list[int]
+) -> None:
+    again = [*examples[:3], examples[1], *examples[3:], examples[0]]
+    store = make_store(chosen=again)
+    assert store.tokens == sum(LENGTHS) and store.cached == len(LENGTHS)
+    store.fill()
+    assert sorted(computed) == sorted(LENGTHS)
+    expect_features(store, target, again)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "cache").iterdir()}
 

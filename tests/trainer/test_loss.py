@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from dspark_edge.trainer.training import loss
-from dspark_edge.trainer.training.loss import draft_loss, position_weights
+from dspark_edge.trainer.training.loss import LossWeights, draft_loss, position_weights
 
 pytestmark = pytest.mark.needs_export
 
@@ -41,7 +41,7 @@ def tensors(rank: int = RANK, drafted: int = DRAFTED) -> dict[str, Any]:
     }
 
 
-def by_formula(given: dict[str, Any], divergence: float = 0.0) -> tuple[Any, Any]:
+def by_formula(given: dict[str, Any], divergence: float = 0.0, share: float = 0.1) -> tuple[Any, Any]:
     """0.1 · cross-entropy + 0.9 · ‖draft_probs − target_probs‖₁ over the whole vocabulary."""
     logits = given["hidden"] @ given["head"].T
     if given["markov"] is not None:
@@ -53,20 +53,20 @@ def by_formula(given: dict[str, Any], divergence: float = 0.0) -> tuple[Any, Any
     known = given["labels"] >= 0
     entropy = functional.cross_entropy(logits, given["labels"].clamp(min=0), reduction="none") * known
     soft = -(target * torch.log_softmax(logits, dim=-1)).sum(dim=-1)
-    return (given["weights"] * (0.1 * entropy + 0.9 * distances + divergence * soft)).sum(), distances
+    return (given["weights"] * (share * entropy + 0.9 * distances + divergence * soft)).sum(), distances
 
 
 @pytest.mark.parametrize("rank", [RANK, 0])
 @pytest.mark.parametrize("drafted", [DRAFTED, VOCABULARY])
 @pytest.mark.parametrize("piece", [1, 5 * DRAFTED, 1 << 21])
-@pytest.mark.parametrize("divergence", [0.0, 0.7])
+@pytest.mark.parametrize(("divergence", "entropy"), [(0.0, 0.1), (0.7, 0.1), (0.0, 0.5)])
 def test_loss_and_gradients_are_those_of_the_formula(
-    monkeypatch: pytest.MonkeyPatch, rank: int, drafted: int, piece: int, divergence: float
+    monkeypatch: pytest.MonkeyPatch, rank: int, drafted: int, piece: int, divergence: float, entropy: float
 ) -> None:
     monkeypatch.setattr(loss, "_PIECE_ELEMENTS", piece)
     given, again = tensors(rank, drafted), tensors(rank, drafted)
-    found = draft_loss(**given, divergence_weight=divergence)
-    expected, distances = by_formula(again, divergence)
+    found = draft_loss(**given, parts=LossWeights(entropy, divergence=divergence))
+    expected, distances = by_formula(again, divergence, entropy)
     torch.testing.assert_close(found.loss, expected)
     torch.testing.assert_close(found.distances, distances.detach())
     (3.0 * found.loss).backward()

@@ -350,6 +350,63 @@ def test_anchors_lie_in_the_response_and_as_many_as_asked_in_the_prompt() -> Non
     assert min(drawn) >= 1  # there is no context before the first token
 
 
+def test_a_confidence_in_the_outcome_is_of_greedy_responses_alone() -> None:
+    """Confidence logits of 0 lose log 2 whatever is wanted; those of ±5 tell apart what was."""
+    from types import SimpleNamespace
+
+    from dspark_edge.trainer.training.batches import collate
+    from dspark_edge.trainer.training.dataset import Example
+    from dspark_edge.trainer.training.features import Features
+    from dspark_edge.trainer.training.objective import Vocabulary, step_loss
+
+    head = torch.eye(4)
+    examples = [
+        Example(np.array([0, 1, 2, 3, 1], dtype=np.int32), 1, "a", str(greedy), greedy) for greedy in (True, False)
+    ]
+    hidden = 1.5 * torch.eye(4)[[1, 2, 3, 1, 0]]  # the target finds likeliest what comes
+    features = Features(torch.zeros(5, 3), hidden, torch.logsumexp(hidden @ head.T, dim=-1))
+    batch = collate(examples, [features] * 2, [np.array([1])] * 2, 3, torch.device("cpu"))
+    drafted = 9.0 * torch.eye(4)[torch.tensor([[2, 3, 0]] * 2)][:, None]  # right, right, wrong; surer than the target
+    logits = torch.tensor([5.0, 5.0, -5.0]).expand(2, 1, 3)
+    blocks = SimpleNamespace(hidden=drafted, markov=None, confidence_logits=logits)
+    vocabulary = Vocabulary(torch.zeros(4, 4), head, torch.arange(4), 0)
+
+    def confidence_loss(target: str) -> tuple[float, torch.Tensor]:
+        measures = step_loss(lambda *_: blocks, vocabulary, batch, None, confidence_target=target)  # type: ignore[arg-type]
+        return float(measures.confidence_loss), measures.acceptance
+
+    outcome, acceptance = confidence_loss("outcome")
+    overlap, _ = confidence_loss("overlap")
+    assert batch.greedy.tolist() == [True, False]
+    weights = torch.exp(-torch.arange(3) / 4.0)
+    right = torch.tensor([1.0, 1.0, 0.0])
+    by_row = torch.nn.functional.binary_cross_entropy_with_logits
+    expected = [
+        by_row(logits[:, 0], torch.stack((wanted, acceptance[1, 0])), weights, reduction="sum").item()
+        for wanted in (right, acceptance[0, 0])
+    ]
+    assert [outcome, overlap] == pytest.approx(expected, rel=1e-5)
+    assert outcome < overlap
+
+
+def test_blocks_of_an_earlier_answer_end_with_it() -> None:
+    from dspark_edge.trainer.training.batches import collate, draw_anchors
+    from dspark_edge.trainer.training.dataset import Example
+    from dspark_edge.trainer.training.features import Features
+
+    example = Example(np.arange(20, dtype=np.int32), 14, "test", "group", greedy=True, earlier=((4, 8),))
+    random = np.random.default_rng(0)
+    assert draw_anchors(example, 100, random).tolist() == [4, 5, 6, *range(14, 19)]
+    asked = draw_anchors(example, 100, random, prompt_share=0.5).tolist()
+    assert asked == [1, 2, 3, 4, 5, 6, *range(8, 14), *range(14, 19)]
+    states = Features(torch.zeros(20, 3), torch.zeros(20, 2), torch.zeros(20))
+    anchors = np.array([2, 5, 9, 16])
+    batch = collate([example], [states], [anchors], 4, torch.device("cpu"))
+    # An anchor of the prompt sees on into what follows; one of an answer learns nothing of what is said behind it.
+    assert batch.valid[0].sum(dim=-1).tolist() == [4, 2, 4, 3]
+    assert batch.label_ids[0, 1, :2].tolist() == [6, 7]
+
+
 def test_every_sequence_comes_once_an_epoch() -> None:
     from dspark_edge.trainer.training.batches import batch_of_step, epoch_order
 

@@ -32,6 +32,12 @@ def test_the_commonest_tokens_are_taken(size: int, expected: list[int]) -> None:
     assert ids.tolist() == expected and ids.dtype == np.int64
 
 
+def test_earlier_answers_count_as_responses() -> None:
+    conversation = Example(np.array([7, 3, 3, 3, 7, 7, 4], dtype=np.int32), 6, "a", "g", True, ((1, 3),))
+    assert choose_draft_vocabulary((conversation,), 10, 3).tolist() == [3, 4, 7]
+    assert coverage((conversation,), 10, np.array([3])) == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize("size", [0, -1, 11])
 def test_a_size_out_of_range_is_refused(size: int) -> None:
     with pytest.raises(InvalidInputError, match=f"the draft vocabulary is {size}, expected 1 to .* 10 tokens"):

@@ -18,7 +18,7 @@ import torch
 from dspark_edge.trainer.training.dataset import Example
 from dspark_edge.trainer.training.features import Features
 
-__all__ = ["Batch", "batch_of_step", "collate", "draw_anchors", "epoch_order"]
+__all__ = ["Batch", "batch_of_step", "block_ends", "collate", "draw_anchors", "epoch_order"]
 
 # Sequences are sorted by length within so many batches, so that little of a batch is padding.
 _BUCKET_BATCHES = 32
@@ -36,6 +36,7 @@ class Batch:
     valid: torch.Tensor  # [B, A, γ] bool, positions inside the response
     target_hidden: torch.Tensor  # [B, A, γ, d], the target's state that x_k was drawn from
     log_normalizers: torch.Tensor  # [B, A, γ] fp32
+    greedy: torch.Tensor  # [B] bool, the responses that are greedy
 
 
 def epoch_order(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
@@ -69,12 +70,23 @@ def draw_anchors(
         example: a prompt with its response.
         count: most positions.
         random: draws them.
-        prompt_share: so much of the count is drawn from the prompt, the rest from the response.
+        prompt_share: so much of the count is drawn from the prompt, the rest from the answers.
     """
     wanted = round(count * prompt_share)
-    prompt = _choose(np.arange(1, example.prompt_length), wanted, random)
-    response = _choose(np.arange(example.prompt_length, len(example) - 1), count - wanted, random)
-    return np.concatenate((prompt, response))
+    answered = np.concatenate([np.arange(first, end - 1) for first, end in example.answers])
+    asked = np.arange(1, example.prompt_length)
+    if example.earlier:
+        asked = np.setdiff1d(asked, np.concatenate([np.arange(first, end) for first, end in example.earlier]))
+    chosen = np.concatenate((_choose(asked, wanted, random), _choose(answered, count - wanted, random)))
+    return np.sort(chosen)
+
+
+def block_ends(example: Example, anchors: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Behind which position each anchor's block has nothing to learn from, [A]: its answer's end."""
+    ends = np.full(len(anchors), len(example), dtype=np.int64)
+    for first, end in example.earlier:
+        ends[(anchors >= first) & (anchors < end)] = end
+    return ends
 
 
 def _choose(choices: npt.NDArray[np.int64], count: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -109,15 +121,16 @@ def collate(
         padded[row, :length] = found.taps
         positions[row, :count] = starts
         before = starts[:, None] + offsets  # positions of x₀ … x_{γ−1}
-        inside = before + 1 < length
+        inside = before + 1 < torch.from_numpy(block_ends(example, chosen))[:, None]
         before = before.clamp(max=length - 1)
         previous[row, :count] = token_ids[before]
         labels[row, :count] = token_ids[(before + 1).clamp(max=length - 1)]
         valid[row, :count] = inside
         hidden[row, :count] = found.hidden[before]
         normalizers[row, :count] = found.log_normalizers[before]
+    greedy = torch.tensor([example.greedy for example in examples])
     moved = (
         part.to(device, non_blocking=True)
-        for part in (padded, positions, previous[..., 0], previous, labels, valid, hidden, normalizers)
+        for part in (padded, positions, previous[..., 0], previous, labels, valid, hidden, normalizers, greedy)
     )
     return Batch(*moved)

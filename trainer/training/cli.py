@@ -14,6 +14,7 @@ from rich.progress import Progress as Bars
 
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.trainer.training.initialization import WARM_STARTS
+from dspark_edge.trainer.training.objective import CONFIDENCE_TARGETS
 from dspark_edge.trainer.training.settings import HEADS, OPTIMIZERS, DrafterSettings, TrainingSettings
 from dspark_edge.trainer.training.train import Listener, Resources, train_drafter
 from dspark_edge.trainer.training.trainer import Progress
@@ -109,6 +110,16 @@ def _listener() -> Iterator[Listener]:
 @click.option("--warmup", type=int, default=100, show_default=True, help="Steps.")
 @click.option("--weight-decay", type=float, default=0.01, show_default=True)
 @click.option("--clip", type=float, default=1.0, show_default=True, help="Largest norm of the gradients.")
+@click.option(
+    "--cross-entropy", type=float, default=0.1, show_default=True, help="Weight of that with the tokens that came."
+)
+@click.option(
+    "--confidence-target",
+    type=click.Choice(CONFIDENCE_TARGETS),
+    default="overlap",
+    show_default=True,
+    help="Confidence in what: sampling, or in greedy responses greedy decoding.",
+)
 @click.option(
     "--divergence",
     type=float,

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,15 @@ class Example:
     domain: str
     group: str  # examples of one conversation share it: they are held out together
     greedy: bool  # the response is the target's argmax throughout
+    earlier: tuple[tuple[int, int], ...] = ()  # answers inside the prompt that are trained on too: first, behind last
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def answers(self) -> tuple[tuple[int, int], ...]:
+        """What is trained on, as ranges of positions: the earlier answers, and the response."""
+        return (*self.earlier, (self.prompt_length, len(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,7 @@ def read_examples(paths: Sequence[Path], vocab_size: int, max_length: int | None
 
 
 def _read_file(path: Path, vocab_size: int, max_length: int | None) -> list[Example]:
-    """A file's responses; all turns of a conversation are of its first turn's group, in whatever order they stand."""
+    """A file's responses, in their order; all turns of a conversation are of its first turn's group."""
     examples: list[Example] = []
     conversations: list[str] = []  # of each example
     openings: dict[str, Example] = {}
@@ -80,7 +87,41 @@ def _read_file(path: Path, vocab_size: int, max_length: int | None) -> list[Exam
     except OSError as error:
         raise InvalidInputError(f"cannot read the responses {path}: {error.strerror or error}") from None
     groups = [openings[said].group for said in conversations]
-    return [replace(example, group=group) for example, group in zip(examples, groups, strict=True)]
+    grouped = [replace(example, group=group) for example, group in zip(examples, groups, strict=True)]
+    return _join_turns(grouped, conversations)
+
+
+def _join_turns(examples: list[Example], conversations: list[str]) -> list[Example]:
+    """A turn that is repeated in a later turn's prompt is trained on there: its features are computed once."""
+    turns: dict[str, list[int]] = {}
+    for index, said in enumerate(conversations):
+        turns.setdefault(said, []).append(index)
+    joined: dict[int, Example] = dict(enumerate(examples))
+    for indices in turns.values():
+        # A turn goes to the next longer one; that one, with all that it took up, to the next.
+        ordered = sorted(indices, key=lambda index: (len(examples[index]), index))
+        for place, earlier in enumerate(ordered):
+            for later in ordered[place + 1 :]:
+                end = _repeated(joined[earlier], joined[later])
+                if end is not None:
+                    taken = joined.pop(earlier)
+                    spans = (*taken.earlier, (taken.prompt_length, end))
+                    joined[later] = replace(joined[later], earlier=spans)
+                    break
+    return [joined[index] for index in sorted(joined)]
+
+
+def _repeated(turn: Example, later: Example) -> int | None:
+    """Where a turn ends in a later one's prompt, or None where that does not begin with it.
+
+    Its last token may differ: an answer that was cut off there may have ended in half a word.
+    """
+    if later.earlier or turn.greedy != later.greedy or len(turn) > later.prompt_length:
+        return None
+    differ = np.flatnonzero(turn.token_ids != later.token_ids[: len(turn)])
+    if len(differ) == 0:
+        return len(turn)
+    return len(turn) - 1 if differ[0] == len(turn) - 1 > turn.prompt_length + 1 else None
 
 
 def _example(entry: dict[str, Any], vocab_size: int, max_length: int | None, where: str) -> Example:
@@ -141,6 +182,7 @@ def hash_examples(examples: Sequence[Example]) -> str:
     """sha256 of what is trained on."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(np.array([len(example), example.prompt_length], dtype=np.int64).tobytes())
+        bounds = [len(example), example.prompt_length, *chain.from_iterable(example.earlier)]
+        digest.update(np.array(bounds, dtype=np.int64).tobytes())
         digest.update(example.token_ids.tobytes())
     return digest.hexdigest()

@@ -93,7 +93,14 @@ class FeatureStore:
         hidden = target.config.hidden_size
         self._width = (len(taps) + 1) * hidden
         self.bytes_per_token = 2 * self._width + 4
-        offsets = np.concatenate(([0], np.cumsum([len(example) for example in examples])))
+        # A sequence that is given more than once, to weigh more, is computed and kept once.
+        distinct: dict[bytes, Example] = {}
+        for example in examples:
+            distinct.setdefault(example.token_ids.tobytes(), example)
+        places = {ids: place for place, ids in enumerate(distinct)}
+        self._places = [places[example.token_ids.tobytes()] for example in examples]
+        self._distinct = list(distinct.values())
+        offsets = np.concatenate(([0], np.cumsum([len(example) for example in self._distinct])))
         # Sequences that fit, from the first on.
         self.cached = int(np.searchsorted(offsets * self.bytes_per_token, max(0, budget), side="right")) - 1
         self._offsets = offsets
@@ -113,7 +120,7 @@ class FeatureStore:
         total = int(self._offsets[-1])
         if self.cached == 0:
             return f"features: {total} tokens, computed on the fly"
-        rest = "" if self.cached == len(self._examples) else f"; {total - self.tokens} more computed on the fly"
+        rest = "" if self.cached == len(self._distinct) else f"; {total - self.tokens} more computed on the fly"
         return f"features: {self.tokens} tokens in a cache of {format_bytes(self.size)} at {self._folder}{rest}"
 
     def fill(self, report: Report | None = None) -> None:
@@ -148,11 +155,12 @@ class FeatureStore:
 
     def load(self, index: int) -> Features:
         """The features of a sequence, on the host in fp16, wherever they come from."""
-        if index >= self.cached:
+        place = self._places[index]
+        if place >= self.cached:
             return features_of(self._target, [self._examples[index]], self._taps)[0].stored()
         if self._states is None or self._normalizers is None:
             raise RuntimeError("the cache is read before it is filled")
-        rows = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
+        rows = slice(int(self._offsets[place]), int(self._offsets[place + 1]))
         states = torch.from_numpy(np.array(self._states[rows]))
         split = self._width - self._target.config.hidden_size
         return Features(states[:, :split], states[:, split:], torch.from_numpy(np.array(self._normalizers[rows])))
@@ -206,13 +214,13 @@ class FeatureStore:
         limit = _CPU_TOKENS if self._target.device.type == "cpu" else _GPU_TOKENS
         while done < self.cached:
             count = 1
-            longest = len(self._examples[done])
+            longest = len(self._distinct[done])
             while done + count < self.cached:
-                longest = max(longest, len(self._examples[done + count]))
+                longest = max(longest, len(self._distinct[done + count]))
                 if longest * (count + 1) > limit:
                     break
                 count += 1
-            for found in features_of(self._target, self._examples[done : done + count], self._taps):
+            for found in features_of(self._target, self._distinct[done : done + count], self._taps):
                 rows = slice(int(self._offsets[done]), int(self._offsets[done + 1]))
                 kept = found.stored()
                 self._states[rows] = torch.cat((kept.taps, kept.hidden), dim=-1).numpy()

@@ -13,20 +13,31 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-__all__ = ["CROSS_ENTROPY_WEIGHT", "TOTAL_VARIATION_WEIGHT", "RowLosses", "draft_loss", "position_weights"]
+__all__ = ["LossWeights", "RowLosses", "draft_loss", "position_weights"]
 
-# Weights of the reference's loss.
-CROSS_ENTROPY_WEIGHT = 0.1
-TOTAL_VARIATION_WEIGHT = 0.9
 # Rows of a piece: its logits, probabilities and gradients stay in a processor's cache.
 _PIECE_ELEMENTS = 1 << 21
+
+
+@dataclass(frozen=True, slots=True)
+class LossWeights:
+    """What a row's loss is made of; as they stand, the reference's.
+
+    The gradient of ‖draft_probs − target_probs‖₁ vanishes where the draft gives the target's tokens next to nothing,
+    which is everywhere at first. So a third term can help it off: the cross-entropy with the target's whole
+    distribution, whose gradient is largest there.
+    """
+
+    cross_entropy: float = 0.1  # with the token that came
+    total_variation: float = 0.9  # ‖draft_probs − target_probs‖₁
+    divergence: float = 0.0  # cross-entropy with target_probs; not part of the reference's loss
 
 
 @dataclass(frozen=True, slots=True)
 class RowLosses:
     """Of each row, and their weighted sum."""
 
-    loss: torch.Tensor  # scalar, differentiable: Σ weight · (0.1 cross-entropy + 0.9 ‖draft_probs − target_probs‖₁)
+    loss: torch.Tensor  # scalar, differentiable: Σ weight · loss of the row, see `LossWeights`
     distances: torch.Tensor  # [N] ‖draft_probs − target_probs‖₁, for the confidence's labels
     correct: torch.Tensor  # [N] bool, the draft's argmax is the token that came
     cross_entropy: torch.Tensor  # scalar, Σ weight · cross-entropy
@@ -35,6 +46,45 @@ class RowLosses:
 def position_weights(block: int) -> torch.Tensor:
     """w_k = exp(−(k−1)/4), [γ]."""
     return torch.exp(-torch.arange(block) / 4.0)
+
+
+class _Piece:
+    """Some rows' logits, and what follows from them; its arrays are used up as the gradient is made.
+
+    Args:
+        logits: [n, P] fp32, the draft's.
+        target: [n, P] fp32, the target's probabilities of the draft vocabulary.
+        labels: [n] int64, −1 outside the draft vocabulary.
+        parts: weights of the loss's terms.
+    """
+
+    def __init__(self, logits: torch.Tensor, target: torch.Tensor, labels: torch.Tensor, parts: LossWeights) -> None:
+        self._parts, self._target = parts, target
+        self._known, self._chosen = labels >= 0, labels.clamp(min=0)[:, None]
+        self._probs = torch.softmax(logits, dim=-1)
+        self.correct = logits.argmax(dim=-1) == labels
+        self.entropy = -torch.log(self._probs.gather(1, self._chosen).squeeze(1).clamp(min=1e-30)) * self._known
+        # Tokens outside the draft vocabulary: the draft gives them nothing, so all of their mass is missed.
+        self._held = target.sum(dim=-1)
+        difference = self._probs - target
+        self._sign = torch.sign(difference)
+        self.distance = difference.abs_().sum(dim=-1) + (1.0 - self._held).clamp(min=0)
+        self.loss = parts.cross_entropy * self.entropy + parts.total_variation * self.distance
+        if parts.divergence:
+            self.loss -= parts.divergence * (target * torch.log_softmax(logits, dim=-1)).sum(dim=-1)
+
+    def gradient(self) -> torch.Tensor:
+        """Of the loss by the logits, [n, P]."""
+        parts, probs = self._parts, self._probs
+        # d‖·‖₁/dz = draft_probs ⊙ (sign − ⟨draft_probs, sign⟩);  d(cross-entropy)/dz = draft_probs − onehot
+        sign = self._sign
+        sign -= (probs * sign).sum(dim=-1, keepdim=True)
+        sign *= parts.total_variation
+        sign += (parts.cross_entropy * self._known)[:, None]
+        gradient = sign.mul_(probs)
+        if parts.divergence:  # d(soft cross-entropy)/dz = draft_probs · Σ target_probs − target_probs
+            gradient += parts.divergence * (probs * self._held[:, None] - self._target)
+        return gradient.scatter_add_(1, self._chosen, -(parts.cross_entropy * self._known.float())[:, None])
 
 
 class _DraftLoss(torch.autograd.Function):
@@ -51,7 +101,7 @@ class _DraftLoss(torch.autograd.Function):
         log_normalizers: torch.Tensor,
         labels: torch.Tensor,
         weights: torch.Tensor,
-        divergence_weight: float,
+        parts: LossWeights,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         rows, width = hidden.shape[0], head.shape[0]
         grad_hidden, grad_markov = torch.empty_like(hidden), torch.empty_like(markov)
@@ -66,35 +116,14 @@ class _DraftLoss(torch.autograd.Function):
             logits = functional.linear(hidden[piece], head).float()
             if markov.shape[1]:
                 logits += functional.linear(markov[piece], markov_w2)
-            label = labels[piece]
-            known = label >= 0
-            chosen = label.clamp(min=0)[:, None]
-            probs = torch.softmax(logits, dim=-1)
-            correct[piece] = logits.argmax(dim=-1) == label
-            entropy = -torch.log(probs.gather(1, chosen).squeeze(1).clamp(min=1e-30)) * known
             target = functional.linear(target_hidden[piece], head).float()
             target = target.sub_(log_normalizers[piece, None]).exp_()
-            # Tokens outside the draft vocabulary: the draft gives them nothing, so all of their mass is missed.
-            held = target.sum(dim=-1)
-            missed = (1.0 - held).clamp(min=0)
-            if divergence_weight:
-                soft = -(target * torch.log_softmax(logits, dim=-1)).sum(dim=-1)
-                total += divergence_weight * (weights[piece] * soft).sum()
-            difference = probs - target
-            sign = torch.sign(difference)
-            distance = difference.abs_().sum(dim=-1) + missed
+            found = _Piece(logits, target, labels[piece], parts)
             weight = weights[piece]
-            total += (weight * (CROSS_ENTROPY_WEIGHT * entropy + TOTAL_VARIATION_WEIGHT * distance)).sum()
-            cross_entropy += (weight * entropy).sum()
-            distances[piece] = distance
-            # d‖·‖₁/dz = draft_probs ⊙ (sign − ⟨draft_probs, sign⟩);  d(cross-entropy)/dz = draft_probs − onehot
-            sign -= (probs * sign).sum(dim=-1, keepdim=True)
-            sign *= TOTAL_VARIATION_WEIGHT
-            sign += (CROSS_ENTROPY_WEIGHT * known)[:, None]
-            gradient = sign.mul_(probs)
-            if divergence_weight:  # d(soft cross-entropy)/dz = draft_probs · Σ target_probs − target_probs
-                gradient += divergence_weight * (probs * held[:, None] - target)
-            gradient.scatter_add_(1, chosen, -(CROSS_ENTROPY_WEIGHT * known.float())[:, None])
+            total += (weight * found.loss).sum()
+            cross_entropy += (weight * found.entropy).sum()
+            distances[piece], correct[piece] = found.distance, found.correct
+            gradient = found.gradient()
             gradient *= weight[:, None]
             grad_hidden[piece] = (gradient.to(head.dtype) @ head).to(hidden.dtype)
             if markov.shape[1]:
@@ -120,13 +149,9 @@ def draft_loss(
     log_normalizers: torch.Tensor,
     labels: torch.Tensor,
     weights: torch.Tensor,
-    divergence_weight: float = 0.0,
+    parts: LossWeights | None = None,
 ) -> RowLosses:
     """Loss of N draft positions (reference: 0.1 · cross-entropy + 0.9 · ‖draft_probs − target_probs‖₁).
-
-    The gradient of ‖·‖₁ vanishes where the draft gives the target's tokens next to nothing, which is everywhere at
-    first. So a third term can help it off: the cross-entropy with the target's whole distribution, whose gradient is
-    largest there.
 
     Args:
         hidden: [N, d], the drafter's, behind its final norm.
@@ -137,11 +162,11 @@ def draft_loss(
         log_normalizers: [N] fp32, the logarithm of the sum of the target's exponentiated logits, whole vocabulary.
         labels: [N] int64, the token that came, as its row in the draft vocabulary; −1 where it is outside.
         weights: [N] fp32.
-        divergence_weight: of the cross-entropy with target_probs; not part of the reference's loss.
+        parts: weights of the loss's terms; None: the reference's.
     """
     if markov is None or markov_w2 is None:
         markov, markov_w2 = hidden.new_zeros((hidden.shape[0], 0)), hidden.new_zeros((head.shape[0], 0))
     loss, distances, correct, cross_entropy = _DraftLoss.apply(
-        hidden, markov, markov_w2, head, target_hidden, log_normalizers, labels, weights, divergence_weight
+        hidden, markov, markov_w2, head, target_hidden, log_normalizers, labels, weights, parts or LossWeights()
     )
     return RowLosses(loss, distances, correct, cross_entropy)

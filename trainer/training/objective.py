@@ -10,9 +10,14 @@ from torch.nn import functional
 
 from dspark_edge.trainer.training.batches import Batch
 from dspark_edge.trainer.training.drafter_model import Blocks
-from dspark_edge.trainer.training.loss import draft_loss, position_weights
+from dspark_edge.trainer.training.loss import LossWeights, draft_loss, position_weights
 
-__all__ = ["Measures", "Vocabulary", "evaluate_blocks", "step_loss"]
+__all__ = ["CONFIDENCE_TARGETS", "Measures", "Vocabulary", "evaluate_blocks", "step_loss"]
+
+CONFIDENCE_TARGETS = ("overlap", "outcome")
+"""overlap: the chance that sampling accepts the draft, 1 − ½‖draft_probs − target_probs‖₁ (the reference's); outcome:
+in greedy responses whether the draft's likeliest token is the one that came, as greedy decoding accepts, and in others
+the overlap."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,9 @@ def step_loss(
     vocabulary: Vocabulary,
     batch: Batch,
     markov_w2: torch.Tensor | None,
-    divergence_weight: float = 0.0,
+    parts: LossWeights | None = None,
     regression_weight: float = 0.0,
+    confidence_target: str = "overlap",
 ) -> Measures:
     """One forward pass (reference: 0.1 cross-entropy + 0.9 ‖·‖₁ + 1.0 BCE of the confidence, weighted by position).
 
@@ -58,9 +64,10 @@ def step_loss(
         vocabulary: what is shared with the target.
         batch: blocks.
         markov_w2: the drafter's W2 [P, r], None without a sequential head.
-        divergence_weight: see `draft_loss`.
+        parts: see `draft_loss`.
         regression_weight: of the squared distance to the target's hidden states, relative to their size (the feature
             loss of EAGLE). Not part of the reference's loss.
+        confidence_target: what confidences shall say, one of `CONFIDENCE_TARGETS`.
     """
     blocks: Blocks = drafter(batch.features, vocabulary.embed(batch.anchor_ids), batch.anchors, batch.previous_ids)
     weights = position_weights(batch.valid.shape[-1]).to(batch.valid.device)
@@ -77,19 +84,23 @@ def step_loss(
         batch.log_normalizers.reshape(-1)[chosen],
         vocabulary.rows[batch.label_ids.reshape(-1)[chosen]],
         row_weights,
-        divergence_weight,
+        parts,
     )
     acceptance = (1.0 - 0.5 * rows.distances).clamp(0.0, 1.0)
     loss = rows.loss
     confidence_loss = torch.zeros((), device=loss.device)
     if blocks.confidence_logits is not None:
         logits = blocks.confidence_logits.reshape(-1)[chosen].float()
-        confidence_loss = functional.binary_cross_entropy_with_logits(logits, acceptance, row_weights, reduction="sum")
+        wanted = acceptance
+        if confidence_target == "outcome":
+            greedy = batch.greedy[:, None, None].expand(batch.valid.shape).reshape(-1)[chosen]
+            wanted = torch.where(greedy, rows.correct.to(acceptance.dtype), acceptance)
+        confidence_loss = functional.binary_cross_entropy_with_logits(logits, wanted, row_weights, reduction="sum")
         loss = loss + confidence_loss
     if regression_weight:
-        wanted = batch.target_hidden.flatten(0, 2)[chosen].float()
-        distance = (blocks.hidden.flatten(0, 2)[chosen].float() - wanted).square().mean(dim=-1)
-        loss = loss + regression_weight * (row_weights * distance).sum() / wanted.square().mean()
+        states = batch.target_hidden.flatten(0, 2)[chosen].float()
+        distance = (blocks.hidden.flatten(0, 2)[chosen].float() - states).square().mean(dim=-1)
+        loss = loss + regression_weight * (row_weights * distance).sum() / states.square().mean()
     # What is not in the loss keeps its place in the graph: processes that share gradients expect all of them.
     loss = loss + 0.0 * sum(part.sum() for part in (blocks.hidden, blocks.markov) if part is not None)
     spread = torch.zeros(batch.valid.numel(), device=loss.device)
@@ -105,14 +116,13 @@ def step_loss(
     )
 
 
-def evaluate_blocks(measures: Measures, batch: Batch, greedy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def evaluate_blocks(measures: Measures, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Estimated accepted lengths of blocks that lie wholly inside their response.
 
     Args:
         measures: of the batch.
-        batch: its blocks.
-        greedy: [B] bool, the response is greedy: there, tokens themselves are compared, as greedy decoding would;
-            elsewhere the probability of being accepted is used.
+        batch: its blocks. In greedy responses tokens themselves are compared, as greedy decoding would; in others
+            the probability of being accepted is used.
 
     Returns:
         τ at temperature 0 of every whole block of a greedy response [n₀], and at temperature 1 of every whole block
@@ -121,4 +131,4 @@ def evaluate_blocks(measures: Measures, batch: Batch, greedy: torch.Tensor) -> t
     whole = batch.valid.all(dim=-1)
     survived = measures.correct.float().cumprod(dim=-1).sum(dim=-1) + 1.0
     expected = measures.acceptance.cumprod(dim=-1).sum(dim=-1) + 1.0
-    return survived[whole & greedy[:, None]], expected[whole]
+    return survived[whole & batch.greedy[:, None]], expected[whole]

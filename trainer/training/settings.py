@@ -9,6 +9,7 @@ from pathlib import Path
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig
 from dspark_edge.trainer.training.initialization import WARM_STARTS
+from dspark_edge.trainer.training.objective import CONFIDENCE_TARGETS
 
 __all__ = ["HEADS", "OPTIMIZERS", "DrafterSettings", "TrainingSettings", "automatic_taps"]
 
@@ -135,6 +136,8 @@ class TrainingSettings:
     warmup: int = 100  # steps
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradients
+    cross_entropy: float = 0.1  # weight of the cross-entropy with the tokens that came; the reference's
+    confidence_target: str = "overlap"  # overlap | outcome, see `CONFIDENCE_TARGETS`
     divergence: float = 1.0  # weight of the cross-entropy with the target's distribution, at the first step
     divergence_share: float = 0.5  # of the steps, after which that weight has fallen to 0
     regression: float = 0.0  # weight of the distance to the target's hidden states; falls like the divergence's
@@ -157,6 +160,12 @@ class TrainingSettings:
             ("warmup", self.warmup >= 0, "0 or more"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("clip", self.clip > 0, "above 0"),
+            ("cross_entropy", self.cross_entropy >= 0, "0 or more"),
+            (
+                "confidence_target",
+                self.confidence_target in CONFIDENCE_TARGETS,
+                f"one of: {', '.join(CONFIDENCE_TARGETS)}",
+            ),
             ("divergence", self.divergence >= 0, "0 or more"),
             ("divergence_share", 0 <= self.divergence_share <= 1, "between 0 and 1"),
             ("regression", self.regression >= 0, "0 or more"),

@@ -253,7 +253,7 @@ def _provenance(
         "target": Path(target).name,
         "responses": [path.name for path in responses],
         "responses_sha256": {"train": hash_examples(split.train), "held_out": hash_examples(split.held_out)},
-        "response_tokens": int(sum(len(example) - example.prompt_length for example in split.train)),
+        "response_tokens": int(sum(end - first for example in split.train for first, end in example.answers)),
         "drafter": asdict(drafter),
         "training": {**asdict(training), "warm_start": Path(training.warm_start).name},
         "held_out": {"tau_greedy": outcome.tau_greedy, "tau_sampled": outcome.tau_sampled},

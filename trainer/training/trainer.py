@@ -24,6 +24,7 @@ from dspark_edge.trainer.training.dataset import Example, Split, hash_examples
 from dspark_edge.trainer.training.drafter_model import TrainableDrafter
 from dspark_edge.trainer.training.features import FeatureStore
 from dspark_edge.trainer.training.initialization import initialize
+from dspark_edge.trainer.training.loss import LossWeights
 from dspark_edge.trainer.training.metrics_file import MetricsFile
 from dspark_edge.trainer.training.muon import Muon
 from dspark_edge.trainer.training.objective import Vocabulary, evaluate_blocks, step_loss
@@ -208,8 +209,9 @@ class Trainer:
                 self._vocabulary,
                 batch,
                 self._markov_w2(),
-                settings.divergence * helps,
+                LossWeights(settings.cross_entropy, divergence=settings.divergence * helps),
                 settings.regression * helps,
+                settings.confidence_target,
             )
         weight = processes.sum(measures.weight)
         # Gradients are averaged over the processes; the loss is a mean over the positions of all of them.
@@ -248,8 +250,7 @@ class Trainer:
             batch = self._collate(examples, store, chosen, random, block, self._settings.anchors)
             with _autocast(self._device):
                 measures = step_loss(self.drafter, self._vocabulary, batch, self._markov_w2())
-            greedy = torch.tensor([examples[index].greedy for index in chosen], device=self._device)
-            zero, one = evaluate_blocks(measures, batch, greedy)
+            zero, one = evaluate_blocks(measures, batch)
             sums[:4] += torch.stack((zero.sum(), _count(zero), one.sum(), _count(one))).double()
             by_position = (measures.acceptance, measures.correct & batch.valid, batch.valid)
             sums[4:] += torch.cat([part.double().sum(dim=(0, 1)) for part in by_position])

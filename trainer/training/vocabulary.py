@@ -22,7 +22,8 @@ def response_counts(examples: Sequence[Example], vocab_size: int) -> np.ndarray:
     """How often each token stands in the responses, [V] int64."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for example in examples:
-        counts += np.bincount(example.token_ids[example.prompt_length :], minlength=vocab_size)
+        for first, end in example.answers:
+            counts += np.bincount(example.token_ids[first:end], minlength=vocab_size)
     return counts
 
 
