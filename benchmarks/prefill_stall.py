@@ -1,6 +1,6 @@
 """How long streams stand still while a long prompt is read beside them.
 
-    python benchmarks/prefill_stall.py BUNDLE [--streams 3] [--prompt 2000] [--chunks 64 32 16] [--json FILE]
+    python benchmarks/prefill_stall.py BUNDLE [--streams 3] [--prompt 2000] [--chunks auto 64 16] [--json FILE]
 
 Some requests decode; then one with a long prompt joins. Reported for each chunk size: median and 99th percentile of the
 time between a stream's tokens before it came and while it was read, and how fast the prompt was read. The bar of this
@@ -31,13 +31,13 @@ def gaps_of(times: dict[int, list[float]], begin: float, end: float) -> np.ndarr
     return np.concatenate([np.diff(of_one) for of_one in within])
 
 
-def measure(arguments: argparse.Namespace, chunk: int) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, chunk: str) -> dict[str, Any]:
     source = np.random.default_rng(0)
     with BatchGenerator.open(
         arguments.bundle,
         mode=arguments.mode,
         slots=arguments.streams + 1,
-        prefill_chunk=chunk,
+        prefill_chunk=None if chunk == "auto" else int(chunk),
         threads=arguments.threads,
     ) as generator:
         endless = SamplingParams(max_new_tokens=None, ignore_eos=True)
@@ -68,6 +68,7 @@ def measure(arguments: argparse.Namespace, chunk: int) -> dict[str, Any]:
         "p99_before_s": float(np.percentile(before, 99)),
         "median_during_s": float(np.median(during)),
         "p99_during_s": float(np.percentile(during, 99)),
+        "p99_during_to_median_during": float(np.percentile(during, 99) / np.median(during)),
         "p99_during_to_median_before": float(np.percentile(during, 99) / np.median(before)),
         "prompt_tokens_per_second": arguments.prompt / (read - came),
     }
@@ -78,7 +79,7 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--streams", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=2000, help="tokens of the long prompt")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[64, 32, 16])
+    parser.add_argument("--chunks", nargs="+", default=["auto", "64", "16"], help="tokens, or auto")
     parser.add_argument("--mode", default="plain")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="write the result here, too")
@@ -88,9 +89,10 @@ def main() -> int:
         cell = measure(arguments, chunk)
         cells.append(cell)
         print(
-            f"chunk {chunk:4}: between tokens {1e3 * cell['median_before_s']:.1f} ms before; while the prompt is read "
+            f"chunk {chunk:>4}: between tokens {1e3 * cell['median_before_s']:.1f} ms before; while the prompt is read "
             f"{1e3 * cell['median_during_s']:.1f} ms (median), {1e3 * cell['p99_during_s']:.1f} ms (99 %), "
-            f"{cell['p99_during_to_median_before']:.2f}x; {cell['prompt_tokens_per_second']:.0f} prompt tokens/s",
+            f"{cell['p99_during_to_median_before']:.2f}x of before; "
+            f"{cell['prompt_tokens_per_second']:.0f} prompt tokens/s",
             flush=True,
         )
     if arguments.json:

@@ -6,6 +6,7 @@ lane.py, slot_table.py                       a request as it is decoded, and who
 group_round.py, policy.py, pricing.py        the round of a group, what it verifies, and what that costs
 executor.py, grouping.py                     target, drafter and acceptance for slots, and which calls that takes
 target.py, drafting.py, acceptance.py        the graphs, bound to ranges of slots
+prefill_pace.py                              how much of a prompt is read between two rounds
 slots.py, windows.py                         one allocation for all slots, and parts of it
 probe.py                                     what rounds of a batch take, for a profile
 """

@@ -25,6 +25,7 @@ from dspark_edge.runtime.batching.group_round import decode_group
 from dspark_edge.runtime.batching.lane import Lane
 from dspark_edge.runtime.batching.options import BatchOptions
 from dspark_edge.runtime.batching.policy import FixedLengths, GroupPolicy
+from dspark_edge.runtime.batching.prefill_pace import PrefillPace
 from dspark_edge.runtime.batching.slot_table import SlotTable
 from dspark_edge.runtime.batching.ticket import Event, Ticket
 from dspark_edge.runtime.encoding import PromptEncoder
@@ -81,6 +82,7 @@ class BatchGenerator:
         self._stepping = threading.Lock()
         self._closed = False
         self._totals = EngineTally()
+        self._pace = PrefillPace(self.options.chunk) if self.options.paced else PrefillPace(self.options.chunk, None)
 
     @classmethod
     def open(
@@ -266,7 +268,9 @@ class BatchGenerator:
             # A round's time is that of all its requests; those that decoded before have waited for the chunk, too.
             lane.tally.decode_s += perf_counter() - (started if lane in before else begun)
             found.append(lane.take_in())
-        self._totals.add_step(records, perf_counter() - begun)
+        decode_s = perf_counter() - begun
+        self._pace.observe_round(decode_s)
+        self._totals.add_step(records, decode_s)
         for lane, event in zip(decoding, found, strict=True):
             self._publish(lane, event, events)
 
@@ -299,10 +303,12 @@ class BatchGenerator:
         if not self._prefilling:
             return
         lane = self._prefilling[0]
-        chunk = min(lane.unread, self.options.chunk)
+        chunk = min(lane.unread, self._pace.chunk(decoding=bool(self._table.decoding)))
         started = perf_counter()
         verdict = self._executor.prefill(self._table.slot_of(lane), lane.request, chunk)
-        self._totals.add_prefill(perf_counter() - started)
+        prefill_s = perf_counter() - started
+        self._pace.observe_chunk(chunk, prefill_s)
+        self._totals.add_prefill(prefill_s)
         if verdict is None:
             self._prefilling.rotate(-1)
             return

@@ -91,7 +91,7 @@ class ModelExecutor:
         grouping: see `choose_grouping`; one of a fixed width takes width − 1 slots from the capacity, so that a call
             always has room.
         drafting: whether a drafter is loaded.
-        prefill_chunk: width of most prefill calls.
+        prefill_chunk: width of the widest prefill calls.
         calibration: of the drafter's confidences; None: the bundle's own.
 
     Raises:

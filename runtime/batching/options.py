@@ -26,7 +26,8 @@ class BatchOptions:
     verify_length: int | None = None  # draft tokens verified a round in static mode; None: the whole block
     slots: int = 8  # most requests that are answered at once
     queue: int = 64  # most requests that wait for a slot
-    prefill_chunk: int | None = None  # most prompt tokens a call, which others wait for between two rounds; None: 64
+    # prompt tokens a call, which others wait for between two rounds; None: 64, and fewer where that stalls them
+    prefill_chunk: int | None = None
     execution: str = "auto"  # auto | dense | serial, see `choose_grouping`
     bit_exact: bool = False  # answers do not depend on how and beside whom they were decoded; see docs/bit-exact.md
 
@@ -53,3 +54,8 @@ class BatchOptions:
     def chunk(self) -> int:
         """Most prompt tokens a call."""
         return chunk_of(self.prefill_chunk, _PREFILL_CHUNK, self.bit_exact)
+
+    @property
+    def paced(self) -> bool:
+        """Whether chunks follow what they cost those who decode."""
+        return self.prefill_chunk is None and not self.bit_exact

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dspark_edge.engines.engine import Buffer, Call, Engine
+from dspark_edge.runtime.batching.prefill_pace import chunk_sizes
 from dspark_edge.runtime.batching.slots import SlotCaches
 from dspark_edge.runtime.batching.windows import window
 
@@ -35,7 +36,7 @@ class TargetCalls:
         engine: executes the graph.
         caches: of all slots.
         slots: sequences.
-        prefill_chunk: width of most prefill calls.
+        prefill_chunk: width of the widest prefill calls.
     """
 
     def __init__(self, engine: Engine, caches: SlotCaches, slots: int, prefill_chunk: int) -> None:
@@ -43,7 +44,7 @@ class TargetCalls:
         self._engine, self._caches = engine, caches
         self._graph = manifest.graphs["target"]
         self._vocabulary = manifest.target.vocab_size
-        self._widest, self._chunk = manifest.drafter.block_size + 1, prefill_chunk
+        self._widest, self._chunks = manifest.drafter.block_size + 1, chunk_sizes(prefill_chunk)
         self._logits = engine.allocate("float32", (slots, self._widest, self._vocabulary))
         self._calls: dict[_Key, _Bound] = {}
         self._version = caches.version
@@ -90,6 +91,6 @@ class TargetCalls:
             **self._caches.rows(self._graph, first, count),
         }
         bound = _Bound(self._engine.bind("target", buffers), input_ids, cache_lengths, logits)
-        if width <= self._widest or width == self._chunk:  # a prompt's last chunk has any width: not kept
+        if width <= self._widest or width in self._chunks:  # a prompt's last chunk has any width: not kept
             self._calls[key] = bound
         return bound

@@ -339,3 +339,31 @@ def test_options_that_do_not_fit_are_refused() -> None:
         make_generator(ScriptedExecutor(), verify_length=6)
     with pytest.raises(InvalidInputError, match="mode 'scheduled' needs a policy"):
         make_generator(ScriptedExecutor(), mode="scheduled")
+
+
+def test_without_a_number_chunks_follow_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A made-up clock: a prompt token takes 5 ms, a round of decoding 60 ms."""
+    now = [0.0]
+    monkeypatch.setattr("dspark_edge.runtime.batching.batch_generator.perf_counter", lambda: now[0])
+
+    class Timed(ScriptedExecutor):
+        def prefill(self, slot: int, request: Any, count: int) -> Any:
+            now[0] += 0.005 * count
+            return super().prefill(slot, request, count)
+
+        def verify(self, requests: Any, drafts: Any, lengths: Any) -> Any:
+            now[0] += 0.06
+            return super().verify(requests, drafts, lengths)
+
+    executor = Timed(capacity=4000)
+    with make_generator(executor, slots=2, mode="plain") as generator:
+        generator.submit([1] * 100, greedy(300))
+        for _ in range(20):
+            generator.step()
+        executor.calls.clear()
+        long = generator.submit([3] * 1000, greedy(2))
+        list(generator.run())
+    chunks = [size for kind, size in executor.calls if kind == "prefill"]
+    assert chunks[:4] == [8, 8, 16, 16] and set(chunks[4:-1]) == {16}  # of 90 ms that one may take, it takes 80
+    assert long.result().token_ids == script_answer([3] * 1000, 2)
+    assert BatchOptions().paced and not BatchOptions(prefill_chunk=64).paced and not BatchOptions(bit_exact=True).paced
