@@ -46,18 +46,18 @@ fi
     --evaluate-every 100 --checkpoint-every 50
 
 # Then what that left weak, with a draft vocabulary chosen from all answers.
-python "$here/pick.py" second "$work/picked.jsonl" "$work"/{responses,{more,library,boxed}-responses}.jsonl
-[ -e "$work/second/model.safetensors" ] || dspark-edge train --target "$target" --responses "$work/picked.jsonl" \
+python "$here/pick.py" second "$work/second.jsonl" "$work"/{responses,{more,library,boxed}-responses}.jsonl
+[ -e "$work/second/model.safetensors" ] || dspark-edge train --target "$target" --responses "$work/second.jsonl" \
     -o "$work/second" --warm-start "$work/first" --layers 2 --block-size 7 \
     --draft-vocab 10240 --count "$work/responses.jsonl" --count "$work/more-responses.jsonl" \
     --count "$work/library-responses.jsonl" --steps 1150 --batch 8 --anchors 32 --warmup 30 --learning-rate 0.0012 \
     --short-share 0.7 --divergence-share 0.6 --evaluate-every 100 --checkpoint-every 50
 
 # And conversations of two turns, with confidences in what greedy decoding accepts.
-python "$here/pick.py" third "$work/picked-again.jsonl" \
+python "$here/pick.py" third "$work/third.jsonl" \
     "$work"/{responses,{more,library,boxed,conversation,function}-responses}.jsonl
 [ -e "$work/drafter/model.safetensors" ] || dspark-edge train --target "$target" \
-    --responses "$work/picked-again.jsonl" -o "$work/drafter" --warm-start "$work/second" --layers 2 --block-size 7 \
+    --responses "$work/third.jsonl" -o "$work/drafter" --warm-start "$work/second" --layers 2 --block-size 7 \
     --draft-vocab 10240 --count "$work/responses.jsonl" --count "$work/more-responses.jsonl" \
     --count "$work/library-responses.jsonl" --count "$work/conversation-responses.jsonl" \
     --count "$work/function-responses.jsonl" --steps 1250 --batch 8 --anchors 32 --warmup 30 --learning-rate 0.001 \

@@ -21,7 +21,7 @@ from dspark_edge.engines.replace_file import replace_file
 from dspark_edge.runtime.cli import waiting
 from dspark_edge.runtime.cli.options import bundle_argument, whole_numbers
 from dspark_edge.runtime.profiling import plan_profile, profile_engine, usual_batches
-from dspark_edge.runtime.reporting.html_page import check_file_path
+from dspark_edge.runtime.reporting.html_page import check_file_path, require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +31,7 @@ __all__ = ["profile", "render_picture", "show_profile"]
 
 _BUDGET_S = 60.0
 _UNEVEN = 0.25  # spread of most target costs from which a profile is worth a warning
+_PICTURE = "a picture of the cost curves"
 _WIDTH = "width (anchor and drafts)"
 _SAMPLER_TITLES = {"sampler_greedy": "greedy", "sampler": "drawing", "sampler_filtered": "drawing with filters"}
 
@@ -92,7 +93,7 @@ def render_picture(profile: Profile) -> bytes:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    _require_matplotlib()
+    require_matplotlib(_PICTURE)
     from matplotlib.figure import Figure
 
     batches = _batches_of(profile)
@@ -157,13 +158,6 @@ def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.legend(frameon=False)
 
 
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib", "a picture of the cost curves", "train") from error
-
-
 def _batches_of(profile: Profile) -> list[int]:
     return sorted({point.batch for point in profile.points["target"]})
 
@@ -185,7 +179,7 @@ def _ms(seconds: float) -> str:
 
 def _check_picture(path: Path) -> None:
     """Refuse a picture before a measurement, not behind it."""
-    _require_matplotlib()
+    require_matplotlib(_PICTURE)
     check_file_path(path)
 
 

@@ -43,8 +43,11 @@ pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; }
 """
 
 
-def require_matplotlib() -> None:
-    """Raise before a measurement, not behind it, where its figures cannot be drawn.
+def require_matplotlib(purpose: str = "an HTML report") -> None:
+    """Raise before a long run, not behind it, where its figures cannot be drawn.
+
+    Args:
+        purpose: what it draws.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -52,7 +55,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError("matplotlib", "an HTML report", "train") from error
+        raise MissingDependencyError("matplotlib", purpose, "train") from error
 
 
 def check_page_path(path: Path) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from dspark_edge.engines.errors import InvalidInputError, MissingDependencyError
+from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.runtime.reporting.html_page import require_matplotlib
 from dspark_edge.trainer.training.replacing import replacing
 
-__all__ = ["MetricsFile", "plot_metrics", "read_metrics", "require_matplotlib"]
+__all__ = ["PLOT", "MetricsFile", "plot_metrics", "read_metrics"]
+
+PLOT = "the plot of a training run"
+"""What matplotlib is asked for before a run begins: hours later would be late to hear that it is missing."""
 
 
 class MetricsFile:
@@ -65,25 +67,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def require_matplotlib() -> ModuleType:
-    """matplotlib, asked for before a run begins: hours later would be late to hear that it is missing.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-    """
-    try:
-        return importlib.import_module("matplotlib")
-    except ImportError:
-        raise MissingDependencyError("matplotlib", "the plot of a training run", "train") from None
-
-
 def plot_metrics(metrics: Path, picture: Path) -> None:
     """Loss and held-out accepted length over the steps, as PNG.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    require_matplotlib().use("Agg")
+    require_matplotlib(PLOT)
+    import matplotlib
+
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     entries = read_metrics(metrics)

@@ -17,6 +17,7 @@ from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.engines.machine import installed_version
 from dspark_edge.exporter.checkpoint import open_checkpoint
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig, read_decoder_config
+from dspark_edge.runtime.reporting.html_page import require_matplotlib
 from dspark_edge.trainer.memory import format_bytes
 from dspark_edge.trainer.target_model import TargetModel
 from dspark_edge.trainer.training.checkpoints import drafter_config_json, save_drafter, write_text
@@ -24,7 +25,7 @@ from dspark_edge.trainer.training.continuation import read_shape
 from dspark_edge.trainer.training.dataset import Example, Split, hash_examples, read_examples, split_examples
 from dspark_edge.trainer.training.features import FeatureStore
 from dspark_edge.trainer.training.initialization import WARM_STARTS
-from dspark_edge.trainer.training.metrics_file import plot_metrics, require_matplotlib
+from dspark_edge.trainer.training.metrics_file import PLOT, plot_metrics
 from dspark_edge.trainer.training.processes import Processes, open_processes
 from dspark_edge.trainer.training.settings import DrafterSettings, TrainingSettings
 from dspark_edge.trainer.training.trainer import CHECKPOINT_NAME, METRICS_NAME, Outcome, Progress, Trainer
@@ -98,23 +99,16 @@ def train_drafter(
         MissingDependencyError: matplotlib is not installed.
     """
     resources, listener = resources or Resources(), listener or Listener()
-    require_matplotlib()
+    require_matplotlib(PLOT)
     with open_processes(resources.device) as processes:
         if processes.first:
             _prepare_folder(output, overwrite)
         processes.wait()
-        with open_checkpoint(target) as checkpoint:
-            config_json = dict(checkpoint.config)
-            config = read_decoder_config(config_json, str(target))
-        examples = read_examples(responses, config.vocab_size, resources.max_length)
-        split = split_examples(examples, training.held_out)
-        shape = drafter.shape(config, _mask_token(drafter, training, examples, config))
-        more = read_examples(counted, config.vocab_size, resources.max_length) if counted else []
-        vocabulary = _draft_vocabulary(shape, split, more, listener)
-        longest = max(len(example) for example in examples)
-        model = TargetModel.load(target, longest, processes.device, _target_dtype(processes))
+        given = _read(target, responses, counted, drafter, training, resources, listener)
+        split, shape = given.split, given.shape
+        model = TargetModel.load(target, given.longest, processes.device, _target_dtype(processes))
         with _Stores(model, split, shape.tap_layers, output, resources, listener, processes) as stores:
-            trainer = Trainer(model, shape, split, stores, vocabulary, training, output, processes)
+            trainer = Trainer(model, shape, split, stores, given.vocabulary, training, output, processes)
             parameters = sum(parameter.numel() for parameter in trainer.drafter.parameters())
             listener.say(
                 f"drafter: {parameters / 1e6:.1f} M parameters; {len(split.train)} responses to train on, "
@@ -122,9 +116,9 @@ def train_drafter(
             )
             outcome = trainer.run(listener.step)
             if processes.first:
-                final = drafter_config_json(outcome.drafter, config_json, training.anchors)
+                final = drafter_config_json(outcome.drafter, given.target_config, training.anchors)
                 copies = model if resources.copies else None
-                save_drafter(output, outcome.drafter, final, _DTYPES[resources.dtype], vocabulary, copies)
+                save_drafter(output, outcome.drafter, final, _DTYPES[resources.dtype], given.vocabulary, copies)
                 write_text(output / "training.json", _provenance(target, responses, split, drafter, training, outcome))
                 plot_metrics(output / METRICS_NAME, output / "training.png")
             trainer.finish()
@@ -132,6 +126,37 @@ def train_drafter(
             f"a step took {outcome.median_step_s:.2f} s (median); peak memory {format_bytes(outcome.peak_memory)}"
         )
         return outcome
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a run begins with."""
+
+    target_config: dict[str, Any]  # config.json
+    split: Split
+    longest: int  # tokens of a sequence
+    shape: DrafterConfig
+    vocabulary: np.ndarray | None  # [P] ids that the drafter drafts; None: all
+
+
+def _read(
+    target: str | Path,
+    responses: Sequence[Path],
+    counted: Sequence[Path],
+    drafter: DrafterSettings,
+    training: TrainingSettings,
+    resources: Resources,
+    listener: Listener,
+) -> _Given:
+    with open_checkpoint(target) as checkpoint:
+        target_config = dict(checkpoint.config)
+        config = read_decoder_config(target_config, str(target))
+    examples = read_examples(responses, config.vocab_size, resources.max_length)
+    split = split_examples(examples, training.held_out)
+    shape = drafter.shape(config, _mask_token(drafter, training, examples, config))
+    more = read_examples(counted, config.vocab_size, resources.max_length) if counted else []
+    vocabulary = _draft_vocabulary(shape, split, more, listener)
+    return _Given(target_config, split, max(len(example) for example in examples), shape, vocabulary)
 
 
 def _draft_vocabulary(
