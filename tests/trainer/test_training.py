@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,34 @@ def test_every_kind_of_head_learns_and_exports(target: Path, responses: Path, tm
             with Generator.open(tmp_path / "bundle", mode=mode) as generator:
                 texts.append(generator.generate([104, 101, 114], SamplingParams(max_new_tokens=24)).token_ids)
         assert texts[0] == texts[1]
+
+
+def test_a_confidence_head_is_trained_alone(target: Path, responses: Path, tmp_path: Path) -> None:
+    shape = replace(SHAPE, draft_vocab=64)
+    train_drafter(target, [responses], tmp_path / "whole", shape, QUICK, EXACT)
+    only = replace(QUICK, warm_start=str(tmp_path / "whole"), only="confidence", learning_rate=0.05, divergence=0.0)
+    train_drafter(target, [responses], tmp_path / "again", DrafterSettings(), only, EXACT)  # the shape is the drafter's
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
+    assert before.keys() == after.keys()
+    for name in before:
+        if name.startswith("confidence_head"):
+            assert not torch.equal(before[name], after[name])
+        else:
+            torch.testing.assert_close(before[name], after[name], rtol=2e-3, atol=0)  # fc goes through its scale
+    assert (tmp_path / "whole" / "config.json").read_text() == (tmp_path / "again" / "config.json").read_text()
+    losses = [entry["confidence_loss"] for entry in read_metrics(tmp_path / "again" / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+
+
+def test_training_a_confidence_head_alone_needs_one(target: Path, responses: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="warm_start is 'recent', expected the drafter's folder whose conf"):
+        TrainingSettings(only="confidence")
+    with pytest.raises(InvalidInputError, match="only is 'head', expected one of: all, confidence"):
+        TrainingSettings(only="head")
+    train_drafter(target, [responses], tmp_path / "without", replace(SHAPE, confidence=False), QUICK, EXACT)
+    only = replace(QUICK, warm_start=str(tmp_path / "without"), only="confidence")
+    with pytest.raises(InvalidInputError, match="has no confidence head; there is nothing to train"):
+        train_drafter(target, [responses], tmp_path / "again", SHAPE, only, EXACT)
 
 
 @pytest.mark.parametrize("step", [1, 4, 7, 11])

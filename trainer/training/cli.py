@@ -15,7 +15,7 @@ from rich.progress import Progress as Bars
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.trainer.training.initialization import WARM_STARTS
 from dspark_edge.trainer.training.objective import CONFIDENCE_TARGETS
-from dspark_edge.trainer.training.settings import HEADS, OPTIMIZERS, DrafterSettings, TrainingSettings
+from dspark_edge.trainer.training.settings import HEADS, OPTIMIZERS, PARTS, DrafterSettings, TrainingSettings
 from dspark_edge.trainer.training.train import Listener, Resources, train_drafter
 from dspark_edge.trainer.training.trainer import Progress
 
@@ -137,6 +137,13 @@ def _listener() -> Iterator[Listener]:
     show_default=True,
     metavar=f"[{'|'.join(WARM_STARTS)}|FOLDER]",
     help="What to start from; a drafter's FOLDER: go on from it.",
+)
+@click.option(
+    "--only",
+    type=click.Choice(PARTS),
+    default="all",
+    show_default=True,
+    help="confidence: train that head alone, of the drafter that --warm-start names.",
 )
 @click.option("--held-out", type=float, default=0.02, show_default=True, help="Share of the prompts.")
 @click.option("--evaluate-every", type=int, default=200, show_default=True, help="Steps.")

@@ -13,7 +13,7 @@ from dspark_edge.exporter.configuration import DrafterConfig, read_drafter_confi
 from dspark_edge.exporter.weights import read_draft_vocab_ids
 from dspark_edge.trainer.training.drafter_model import TrainableDrafter
 
-__all__ = ["continue_from", "read_shape"]
+__all__ = ["continue_from", "read_shape", "read_vocabulary"]
 
 _W2 = "markov_head.markov_w2.weight"
 
@@ -26,6 +26,17 @@ def read_shape(folder: Path) -> DrafterConfig:
     """
     with open_checkpoint(folder) as checkpoint:
         return read_drafter_config(checkpoint.config, str(folder))
+
+
+def read_vocabulary(folder: Path) -> np.ndarray | None:
+    """The draft vocabulary of a drafter on disk, [P] ids; None: the whole vocabulary.
+
+    Raises:
+        CheckpointError: it is missing, damaged or unsupported.
+    """
+    with open_checkpoint(folder) as checkpoint:
+        config = read_drafter_config(checkpoint.config, str(folder))
+        return read_draft_vocab_ids(checkpoint, config).numpy() if config.draft_vocab_size else None
 
 
 @torch.no_grad()

@@ -11,10 +11,14 @@ from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig
 from dspark_edge.trainer.training.initialization import WARM_STARTS
 from dspark_edge.trainer.training.objective import CONFIDENCE_TARGETS
 
-__all__ = ["HEADS", "OPTIMIZERS", "DrafterSettings", "TrainingSettings", "automatic_taps"]
+__all__ = ["HEADS", "OPTIMIZERS", "PARTS", "DrafterSettings", "TrainingSettings", "automatic_taps"]
 
 OPTIMIZERS = ("muon", "adamw")
 """muon: for the layers' matrices, AdamW for the rest; adamw: for all."""
+
+PARTS = ("all", "confidence")
+"""confidence: the confidence head alone, of a drafter that stays as it is, best on responses that it was not trained
+on: a drafter knows its own training responses too well to tell from them how often it is right."""
 
 HEADS = ("vanilla", "gated", "rnn", "none")
 
@@ -142,6 +146,7 @@ class TrainingSettings:
     divergence_share: float = 0.5  # of the steps, after which that weight has fallen to 0
     regression: float = 0.0  # weight of the distance to the target's hidden states; falls like the divergence's
     warm_start: str = "recent"  # none | recent | target, or the folder of a drafter to go on from
+    only: str = "all"  # all | confidence: what is trained, see `PARTS`
     held_out: float = 0.02  # of the prompts
     evaluate_every: int = 200  # steps
     checkpoint_every: int = 200  # steps
@@ -173,6 +178,12 @@ class TrainingSettings:
                 "warm_start",
                 self.warm_start in WARM_STARTS or Path(self.warm_start).is_dir(),
                 f"a drafter's folder or one of: {', '.join(WARM_STARTS)}",
+            ),
+            ("only", self.only in PARTS, f"one of: {', '.join(PARTS)}"),
+            (
+                "warm_start",
+                self.only == "all" or self.warm_start not in WARM_STARTS,
+                f"the drafter's folder whose {self.only} shall be trained",
             ),
             ("evaluate_every", self.evaluate_every >= 1, "at least 1"),
             ("checkpoint_every", self.checkpoint_every >= 1, "at least 1"),

@@ -21,7 +21,7 @@ from dspark_edge.runtime.reporting.html_page import require_matplotlib
 from dspark_edge.trainer.memory import format_bytes
 from dspark_edge.trainer.target_model import TargetModel
 from dspark_edge.trainer.training.checkpoints import drafter_config_json, save_drafter, write_text
-from dspark_edge.trainer.training.continuation import read_shape
+from dspark_edge.trainer.training.continuation import read_shape, read_vocabulary
 from dspark_edge.trainer.training.dataset import Example, Split, hash_examples, read_examples, split_examples
 from dspark_edge.trainer.training.features import FeatureStore
 from dspark_edge.trainer.training.initialization import WARM_STARTS
@@ -153,9 +153,12 @@ def _read(
         config = read_decoder_config(target_config, str(target))
     examples = read_examples(responses, config.vocab_size, resources.max_length)
     split = split_examples(examples, training.held_out)
-    shape = drafter.shape(config, _mask_token(drafter, training, examples, config))
-    more = read_examples(counted, config.vocab_size, resources.max_length) if counted else []
-    vocabulary = _draft_vocabulary(shape, split, more, listener)
+    if training.only == "all":
+        shape = drafter.shape(config, _mask_token(drafter, training, examples, config))
+        more = read_examples(counted, config.vocab_size, resources.max_length) if counted else []
+        vocabulary = _draft_vocabulary(shape, split, more, listener)
+    else:  # of a drafter that stays as it is
+        shape, vocabulary = read_shape(Path(training.warm_start)), read_vocabulary(Path(training.warm_start))
     return _Given(target_config, split, max(len(example) for example in examples), shape, vocabulary)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.exporter.configuration import DrafterConfig
 from dspark_edge.trainer.memory import available_memory, peak_memory
 from dspark_edge.trainer.target_model import TargetModel
@@ -95,6 +96,11 @@ class Trainer:
         longest = max(len(example) for example in (*split.train, *split.held_out))
         drafter = TrainableDrafter(shape, longest)
         initialize(drafter, target, settings.warm_start, settings.seed, stores[0].sample(), vocabulary_ids)
+        if settings.only == "confidence":
+            if drafter.confidence_head is None:
+                raise InvalidInputError(f"{settings.warm_start} has no confidence head; there is nothing to train")
+            drafter.requires_grad_(False)
+            drafter.confidence_head.requires_grad_(True)
         self.drafter = drafter.to(self._device)
         self._vocabulary = shared_vocabulary(target, shape, vocabulary_ids, self._device)
         self.drafter.checkpoint_layers = _activations(shape, settings, longest) > available_memory(self._device) // 2
@@ -312,6 +318,8 @@ def make_optimizers(drafter: TrainableDrafter, settings: TrainingSettings) -> tu
     """
     matrices, decayed, plain = [], [], []
     for name, parameter in drafter.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.ndim != 2 or name.startswith("markov_head.markov_w1"):
             plain.append(parameter)
         elif settings.optimizer == "muon" and name.startswith(("layers", "fc")):
