@@ -35,9 +35,10 @@ from dspark_edge.runtime.scheduling.schedulers import Scheduler
 
 __all__ = ["Controller", "Offer", "Plan", "SequenceState"]
 
-# What a round has brought is mostly what its confidences promised, which varies less than what became of it. Some of
-# the outcome is counted, so that a drafter that promises too much parks before the trust in it has fallen.
-_OUTCOME_SHARE = 0.25
+# What a round has brought is partly what its confidences promised, which varies less than what became of it. More of
+# the outcome is counted, so that a drafter that promises too much parks before the trust in it has fallen; with all of
+# it, one that gains little is parked by chance.
+_OUTCOME_SHARE = 0.6
 # What the engine knows of whether drafting pays: the last fifty or so drafted rounds of its sequences.
 _ENGINE_MEMORY = 0.98
 # A drift of the costs by this (logarithm) since plain decoding was last timed calls for a plain round ...
