@@ -25,6 +25,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.runtime.batching.probe import BatchProbe
@@ -70,10 +72,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[int, float], dict[int, 
 
 def between(costs: dict[int, float], width: float) -> float:
     """Seconds at a width between measured ones, on a straight line."""
-    low = max(one for one in costs if one <= width)
-    high = min(one for one in costs if one >= width)
-    share = (width - low) / (high - low) if high > low else 0.0
-    return costs[low] + share * (costs[high] - costs[low])
+    return float(np.interp(width, [*costs], [*costs.values()]))
 
 
 def bounds(

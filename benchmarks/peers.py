@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +27,11 @@ from peer_report import Run, Timing, draw, summarise, table, turns
 
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.errors import DSparkError
-from dspark_edge.engines.machine import installed_version
 from dspark_edge.engines.profile_device import probe_device
 from dspark_edge.runtime import MODES
 from dspark_edge.runtime.encoding import PromptEncoder
 from dspark_edge.runtime.prompts import PromptRecord, hash_prompts, read_prompt_records
+from dspark_edge.runtime.reporting.circumstances import versions_of
 
 PACKAGES = (
     "dspark-edge",
@@ -136,11 +135,6 @@ def planned(arguments: argparse.Namespace, common: Mapping[str, Any]) -> tuple[d
     return setups, references
 
 
-def versions() -> dict[str, str]:
-    found = {name: version for name in PACKAGES if (version := installed_version(name))}
-    return {"python": platform.python_version(), **found}
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole comparison; progress goes to stderr."""
 
@@ -182,7 +176,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "device": asdict(probe_device("cpu", arguments.threads)),
-        "versions": versions(),
+        "versions": versions_of(PACKAGES),
         "settings": {
             "prompts": arguments.prompts.name,
             "prompts_sha256": hash_prompts(records),

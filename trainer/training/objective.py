@@ -93,8 +93,7 @@ def step_loss(
         logits = blocks.confidence_logits.reshape(-1)[chosen].float()
         wanted = acceptance
         if confidence_target == "outcome":
-            greedy = batch.greedy[:, None, None].expand(batch.valid.shape).reshape(-1)[chosen]
-            wanted = torch.where(greedy, rows.correct.to(acceptance.dtype), acceptance)
+            wanted = _outcomes(batch, chosen, rows.correct, acceptance)
         confidence_loss = functional.binary_cross_entropy_with_logits(logits, wanted, row_weights, reduction="sum")
         loss = loss + confidence_loss
     if regression_weight:
@@ -114,6 +113,12 @@ def step_loss(
         spread.index_copy(0, chosen, acceptance).reshape(batch.valid.shape),
         hits.index_copy(0, chosen, rows.correct).reshape(batch.valid.shape),
     )
+
+
+def _outcomes(batch: Batch, chosen: torch.Tensor, correct: torch.Tensor, acceptance: torch.Tensor) -> torch.Tensor:
+    """What confidences in the outcome shall say of the chosen rows, [N]; see `CONFIDENCE_TARGETS`."""
+    greedy = batch.greedy[:, None, None].expand(batch.valid.shape).reshape(-1)[chosen]
+    return torch.where(greedy, correct.to(acceptance.dtype), acceptance)
 
 
 def evaluate_blocks(measures: Measures, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
