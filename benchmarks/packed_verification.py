@@ -1,19 +1,21 @@
-"""What verifying packed tokens could bring where many requests decode: a bound from above, measured.
+"""What verifying packed tokens brings where many requests decode: measured, on packed graphs made of the bundle's own.
 
-    python benchmarks/packed_verification.py BUNDLE [--survival 0.6 0.3 0.15 ...] [--context 256] [--json FILE]
+    python benchmarks/packed_verification.py BUNDLE [--survival 0.59 0.37 0.24 ...] [--context 256] [--json FILE]
 
 Packed verification runs everything but attention on the Σ(1 + ℓ) tokens that exist, where a dense call pads every
-request to the widest and the `ort` lowering makes a call for each. A packed call of N tokens is at best as fast as one
-sequence's call of N tokens, whose attention is a single cache's, and its drafter's call at best as fast as one block's.
-So the target is timed at batch 1 and every width up to all that the largest batch could verify, and from it, for each
-batch:
+request to the widest and the `ort` lowering makes a call for each. `packing.py` rewrites the bundle's target and
+drafter so that they take several sequences; for each batch are timed, one after the other and again and again:
 
-- plain: one token of each request, in the call that this engine makes of it, measured;
-- packed: the best fixed number of draft tokens by the survivals given;
+- plain: one token of each request, in the call that the runtime makes of it;
+- packed: 1 … γ + 1 tokens of each request in one packed call;
+- draft: one packed call of the drafter for all.
+
+And from the chances that drafts survive, by position, in tokens a second by those of plain decoding:
+
+- fixed: the best fixed number of draft tokens, with acceptance and drafting;
 - foreseen: exactly those draft tokens are verified that will be accepted, which no scheduler can do better.
 
-All in tokens a second, by those of plain decoding. Where even `foreseen` does not clearly exceed 1, the device computes
-for every token of a batch already, and no layout of the tokens changes that.
+Packing pays where `fixed` clearly exceeds 1. It needs a bundle of the lowering `ort` with a trained drafter.
 """
 
 from __future__ import annotations
@@ -21,80 +23,181 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime
+from packing import pack_drafter, pack_target
 
 from dspark_edge.engines.bundle import Bundle
+from dspark_edge.engines.engine import NUMPY_DTYPES, sized
+from dspark_edge.engines.errors import DSparkError
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
+from dspark_edge.exporter.tracing import GraphContract
 from dspark_edge.runtime.batching.probe import BatchProbe
-from dspark_edge.runtime.profile_probe import StreamProbe
 from dspark_edge.runtime.reporting.circumstances import machine_facts, versions_of
 
 BATCHES = (1, 2, 4, 8)
-# Chances that the first k drafts are accepted: SmolLM2's drafter on code, greedy.
-SURVIVALS = (0.45, 0.20, 0.10, 0.05, 0.03, 0.01, 0.01)
+# Chances that the first k drafts are accepted: SmolLM2's drafter on math, greedy.
+SURVIVALS = (0.59, 0.37, 0.24, 0.13, 0.07, 0.05, 0.03)
+Run = Callable[[], object]
 
 
-def grid(most: int) -> list[int]:
-    """Widths to measure: all of the small ones, every fourth of the others."""
-    return [*range(1, 9), *range(12, most + 1, 4)]
+class PackedGraphs:
+    """A bundle's target and drafter for several sequences, at a fixed number of cached tokens.
+
+    Args:
+        bundle: of the lowering `ort`, with a drafter.
+        sequences: S, most of a call.
+        context: cached tokens of each.
+        threads: of the sessions; None: all cores.
+    """
+
+    def __init__(self, bundle: Bundle, sequences: int, context: int, threads: int | None) -> None:
+        self._folder, self._sequences, self._context = bundle.path, sequences, context
+        self._options = onnxruntime.SessionOptions()
+        self._options.intra_op_num_threads = threads or 0
+        self._options.add_session_config_entry("session.force_spinning_stop", "1")
+        # The graphs are in memory, their weights where the bundle has them.
+        self._options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
+        graphs, block = bundle.manifest.graphs, bundle.manifest.drafter.block_size
+        contracts = {
+            role: GraphContract(graphs[role].inputs, graphs[role].outputs, graphs[role].aliases)
+            for role in ("target", "drafter")
+        }
+        models = {role: ir.load(str(bundle.graph_path(role))) for role in contracts}
+        self._target = self._load(*pack_target(models["target"], contracts["target"], sequences))
+        self._drafter = self._load(*pack_drafter(models["drafter"], contracts["drafter"], sequences, block))
+        # A row for each sequence, and one that those which a call lacks may write to.
+        self._caches: dict[str, np.ndarray] = {}
+        for contract in contracts.values():
+            for spec in contract.flat_inputs:
+                if spec.name in contract.aliases.values() and spec.name not in self._caches:
+                    shape = sized(spec, {"batch": sequences + 1, "capacity": context + 16})
+                    noise = np.random.default_rng(0).standard_normal(shape).astype(NUMPY_DTYPES[spec.dtype])
+                    self._caches[spec.name] = noise
+        self._kept: list[Any] = []  # what bindings point to
+
+    def target(self, widths: list[int]) -> Run:
+        """A target call of so many tokens of each sequence."""
+        tokens, first = sum(widths), np.cumsum([0, *widths])
+        given = {
+            "input_ids": np.ones((1, tokens), np.int64),
+            "logit_rows": np.arange(tokens)[None],
+            "order": np.arange(tokens),
+        }
+        rows = [np.arange(first[s], first[s + 1]) for s in range(len(widths))]
+        return self._bind(self._target, given, rows, {"tokens": tokens, "rows": tokens}, len(widths))
+
+    def drafter(self, batch: int) -> Run:
+        """A greedy block for each of so many sequences."""
+        contract = self._drafter[1]
+        free = {"anchor_ids", "temperature", "noise"}
+        given = {
+            spec.name: np.zeros(sized(spec, {"batch": batch}), NUMPY_DTYPES[spec.dtype])
+            for spec in contract.flat_inputs
+            if spec.name in free
+        }
+        rows = [np.array([s]) for s in range(batch)]
+        return self._bind(self._drafter, {**given, "order": np.arange(batch)}, rows, {"batch": batch}, batch)
+
+    def _load(self, model: ir.Model, contract: GraphContract) -> tuple[Any, GraphContract]:
+        graph = ir.to_proto(model).SerializeToString()
+        return onnxruntime.InferenceSession(graph, self._options, providers=["CPUExecutionProvider"]), contract
+
+    def _bind(
+        self,
+        graph: tuple[Any, GraphContract],
+        given: Mapping[str, np.ndarray],
+        rows: list[np.ndarray],
+        sizes: dict[str, int],
+        batch: int,
+    ) -> Run:
+        session, contract = graph
+        lengths = np.array([self._context] * batch + [0] * (self._sequences - batch))
+        arrays = {**given, "cache_lengths": lengths}
+        for s in range(self._sequences):
+            arrays[f"rows.{s}"] = rows[s] if s < batch else np.array([0])
+            for name, cache in self._caches.items():
+                row = min(s, self._sequences) if s < batch else self._sequences
+                arrays[f"{name}.{s}"] = cache[row : row + 1]
+        for spec in contract.outputs:
+            if spec.name not in contract.aliases and spec.name != "base_logits":
+                arrays[spec.name] = np.zeros(sized(spec, sizes), NUMPY_DTYPES[spec.dtype])
+        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+        self._kept.append((arrays, values))
+        binding = session.io_binding()
+        for spec in contract.flat_inputs:
+            binding.bind_ortvalue_input(spec.name, values[spec.name])
+        for spec in contract.outputs:
+            source = contract.aliases.get(spec.name, spec.name)
+            if source in values:
+                binding.bind_ortvalue_output(spec.name, values[source])
+        return lambda: session.run_with_iobinding(binding)
 
 
-def measure(arguments: argparse.Namespace) -> tuple[dict[int, float], dict[int, float], float]:
-    """Seconds of target and sampler by width at batch 1 and by batch at width 1, and of the drafter."""
+def measure(arguments: argparse.Namespace) -> dict[str, dict[int, Any]]:
+    """Seconds of plain steps, of drafts and of the samplers by batch, and of packed calls by batch and width."""
     bundle = Bundle.open(arguments.bundle)
-    widest = max(BATCHES) * (1 + bundle.manifest.drafter.block_size)
+    widths = range(1, bundle.manifest.drafter.block_size + 2)
+    packed = PackedGraphs(bundle, max(BATCHES), arguments.context, arguments.threads)
+    targets = {(batch, width): packed.target([width] * batch) for batch in BATCHES for width in widths}
+    drafters = {batch: packed.drafter(batch) for batch in BATCHES}
+    times: dict[Any, list[float]] = {}
+
+    def time(name: Any, run: Run) -> None:
+        started = perf_counter()
+        run()
+        times.setdefault(name, []).append(perf_counter() - started)
+
     with OnnxRuntimeEngine(bundle, "cpu", arguments.threads) as engine:
-        wide = StreamProbe(engine, 1, arguments.context + widest, widest=widest)
-        batches = {batch: BatchProbe(engine, batch, arguments.context + 2) for batch in BATCHES}
-        by_width: dict[int, list[float]] = {width: [] for width in grid(widest)}
-        by_batch: dict[int, list[float]] = {batch: [] for batch in BATCHES}
-        drafts: list[float] = []
-        for sweep in range(arguments.sweeps + 1):
-            for width, of_width in by_width.items():
-                times = wide.run(arguments.context, width, "sampler_greedy")
-                if sweep:  # the first one binds and warms up
-                    of_width.append(times.target_s + times.sampler_s)
-                    drafts += [times.draft_s] if times.draft_s is not None else []
-            for batch, of_batch in by_batch.items():
-                times = batches[batch].run(arguments.context, 1, "sampler_greedy")
-                if sweep:
-                    of_batch.append(times.target_s + times.sampler_s)
-    return (
-        {width: median(times) for width, times in by_width.items()},
-        {batch: median(times) for batch, times in by_batch.items()},
-        median(drafts),
-    )
+        probes = {batch: BatchProbe(engine, batch, arguments.context + 2) for batch in BATCHES}
+        for _ in range(arguments.sweeps + 1):  # the first one warms up
+            for batch in BATCHES:
+                plain = probes[batch].run(arguments.context, 1, "sampler_greedy")
+                times.setdefault(("plain", batch), []).append(plain.target_s)
+                times.setdefault(("sampler", batch), []).append(plain.sampler_s)
+                time(("draft", batch), drafters[batch])
+                for width in widths:
+                    time((batch, width), targets[batch, width])
+    found = {name: median(values[1:]) for name, values in times.items()}
+    return {
+        "plain": {batch: found["plain", batch] for batch in BATCHES},
+        "sampler": {batch: found["sampler", batch] for batch in BATCHES},
+        "draft": {batch: found["draft", batch] for batch in BATCHES},
+        "packed": {batch: {width: found[batch, width] for width in widths} for batch in BATCHES},
+    }
 
 
-def between(costs: dict[int, float], width: float) -> float:
-    """Seconds at a width between measured ones, on a straight line."""
-    return float(np.interp(width, [*costs], [*costs.values()]))
-
-
-def bounds(
-    by_width: dict[int, float], by_batch: dict[int, float], draft_s: float, survivals: list[float]
-) -> list[dict[str, Any]]:
+def summarise(times: Mapping[str, Mapping[int, Any]], survivals: list[float]) -> list[dict[str, float]]:
+    """What packing brings for each batch, by tokens a second of plain decoding."""
     rows = []
     tau = 1 + sum(survivals)
-    for batch in BATCHES:
-        plain = batch / by_batch[batch]
-        packed = {
-            length: batch * (1 + sum(survivals[:length])) / (draft_s + between(by_width, batch * (1 + length)))
-            for length in range(1, len(survivals) + 1)
-        }
-        best = max(packed, key=lambda length: packed[length])
-        foreseen = batch * tau / (draft_s + between(by_width, batch * tau))
+    for batch in times["plain"]:
+        by_width, sampler_s = times["packed"][batch], times["sampler"][batch]
+        plain = batch / (times["plain"][batch] + sampler_s)
+
+        def speed(width: float, tokens: float, batch: int = batch, plain: float = plain) -> float:
+            by_width, sampler_s = times["packed"][batch], times["sampler"][batch]
+            target_s = float(np.interp(width, [*by_width], [*by_width.values()]))
+            # Acceptance costs by the rows that are judged.
+            return float(batch * tokens / (times["draft"][batch] + target_s + width * sampler_s) / plain)
+
+        fixed = {length: speed(1 + length, 1 + sum(survivals[:length])) for length in range(1, len(survivals) + 1)}
+        best = max(fixed, key=lambda length: fixed[length])
         rows.append(
             {
                 "batch": batch,
                 "plain_tokens_per_second": plain,
-                "packed": packed[best] / plain,
-                "packed_length": best,
-                "foreseen": foreseen / plain,
+                "plain_packed": (times["plain"][batch] + sampler_s) / (by_width[1] + sampler_s),
+                "fixed": fixed[best],
+                "fixed_length": best,
+                "foreseen": speed(tau, tau),
             }
         )
     return rows
@@ -109,15 +212,23 @@ def main() -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="write the result here, too")
     arguments = parser.parse_args()
-    by_width, by_batch, draft_s = measure(arguments)
-    print("ms by width:  " + "  ".join(f"{width}: {1e3 * cost:.1f}" for width, cost in by_width.items()))
-    print("ms by batch:  " + "  ".join(f"{batch}: {1e3 * cost:.1f}" for batch, cost in by_batch.items()))
-    print(f"ms of a draft: {1e3 * draft_s:.1f}")
-    rows = bounds(by_width, by_batch, draft_s, arguments.survival)
+    try:
+        times = measure(arguments)
+    except DSparkError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    for batch in BATCHES:
+        packed = "  ".join(f"{width}: {1e3 * cost:.1f}" for width, cost in times["packed"][batch].items())
+        print(
+            f"batch {batch}, ms: plain {1e3 * times['plain'][batch]:.1f}, draft {1e3 * times['draft'][batch]:.1f}, "
+            f"packed by width {packed}"
+        )
+    rows = summarise(times, arguments.survival)
     for row in rows:
         print(
-            f"batch {row['batch']}: plain {row['plain_tokens_per_second']:.1f} tokens/s, packed at best "
-            f"{row['packed']:.2f}x ({row['packed_length']} drafts each), were all foreseen {row['foreseen']:.2f}x"
+            f"batch {row['batch']}: plain {row['plain_tokens_per_second']:.1f} tokens/s (in a packed call "
+            f"{row['plain_packed']:.2f}x); {row['fixed_length']} drafts each {row['fixed']:.2f}x, were all foreseen "
+            f"{row['foreseen']:.2f}x"
         )
     if arguments.json:
         result = {
@@ -125,9 +236,7 @@ def main() -> int:
             "versions": versions_of(("dspark-edge", "onnxruntime", "numpy")),
             "survivals": arguments.survival,
             "context": arguments.context,
-            "target_ms_by_width": {width: 1e3 * cost for width, cost in by_width.items()},
-            "plain_ms_by_batch": {batch: 1e3 * cost for batch, cost in by_batch.items()},
-            "draft_ms": 1e3 * draft_s,
+            "seconds": times,
             "batches": rows,
         }
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -144,6 +144,9 @@ def trace(
                 dynamic_shapes=_map_inputs(contract, dynamic),
                 strict=False,
             )
+        # torch.onnx would decompose it into core operators first, and trace it once more for that: 40 % of the time.
+        # All that the modules use has a translation as it is; what has none is an error, not another graph.
+        program.run_decompositions = lambda *_: program  # type: ignore[method-assign]
         exported = torch.onnx.export(
             program,
             dynamo=True,

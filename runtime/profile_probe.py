@@ -69,16 +69,13 @@ class StreamProbe:
         batch: must be 1.
         longest: cache slots that the rounds need.
         clock: seconds.
-        widest: most tokens of a round; None: an anchor and a block. Beyond that a made-up draft is verified.
 
     Raises:
         InvalidInputError: another batch is asked for.
         BundleError: the bundle's calibration is damaged.
     """
 
-    def __init__(
-        self, engine: Engine, batch: int, longest: int, clock: Clock = perf_counter, widest: int | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, batch: int, longest: int, clock: Clock = perf_counter) -> None:
         if batch != 1:
             raise InvalidInputError(f"batch {batch}: a single stream decodes 1 sequence; measure batch 1")
         self._clock = clock
@@ -91,7 +88,7 @@ class StreamProbe:
         for buffer in caches.buffers.values():
             buffer.write(cache_noise(buffer.shape))
         self._drafter = self._make_drafter(engine.bundle)
-        self._stand_in = self._make_stand_in(self._block_size if widest is None else widest - 1)
+        self._stand_in = self._make_stand_in()
         self._sequences: dict[int, Sequence] = {}  # by context
         self._requests: dict[tuple[int, SamplerRole], Request] = {}
 
@@ -130,8 +127,8 @@ class StreamProbe:
             return NgramDrafter(self._engine, facts.block_size)
         return ModelDrafter(self._engine, self._verifier.caches, Calibration.load(bundle))
 
-    def _make_stand_in(self, size: int) -> Draft:
-        allocate = self._engine.allocate
+    def _make_stand_in(self) -> Draft:
+        size, allocate = self._block_size, self._engine.allocate
         candidates = Candidates(
             allocate("int64", (1, size)), allocate("int64", (1, size, 1)), allocate("float32", (1, size, 1))
         )

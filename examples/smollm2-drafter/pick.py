@@ -1,18 +1,20 @@
 """Which answers a part of the training takes, from all that there are.
 
-python pick.py second|third picked.jsonl responses.jsonl more-responses.jsonl …
+python pick.py second|third|fourth|confidence picked.jsonl responses.jsonl … [--unseen PICKED.jsonl]
 
 A file is known by what stands before `-responses`, the one without by `first`. What the part before left weak weighs
-most: in the second part functions to be completed and conversation, answered greedily; in the third conversations of
-two turns. Long sequences are mostly left out of the second, because their features take the time of two short ones; the
-third has them, because a drafter is no better at a depth than what it has seen of it.
+most: in the second part functions to be completed and conversation, answered greedily; in the third and the fourth
+conversations of two turns, on other subjects each. Long sequences are mostly left out of the second, because their
+features take the time of two short ones; the others have them, because a drafter is no better at a depth than what it
+has seen of it. The confidence head is trained on answers that no part has seen, since what a drafter knows by heart
+says nothing of its chances: `--unseen` names what the parts before have picked.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,31 @@ PARTS = {
         usually_long=560,
         twice=("conversation",),
     ),
+    "fourth": Part(
+        {
+            ("subject", "chat", 0.0): 600e3,  # all there are, by turn
+            ("subject", "chat", 1.0): 100e3,
+            ("own", "synthesised", 0.0): 100e3,
+            ("conversation", "chat", 0.0): 60e3,
+            ("more", "chat", 0.0): 15e3,
+            ("library", "code", 0.0): 40e3,
+            ("function", "code", 0.0): 15e3,
+            ("boxed", "math", 0.0): 25e3,
+            ("first", "math", 0.0): 5e3,
+        },
+        longest=600,
+        usually_long=600,
+    ),
+    "confidence": Part(
+        {
+            ("aside", "chat", 0.0): 200e3,
+            ("problem", "math", 0.0): 50e3,
+            ("library", "code", 0.0): 25e3,
+            ("more", "code", 0.0): 10e3,
+        },
+        longest=600,
+        usually_long=600,
+    ),
 }
 
 
@@ -90,16 +117,26 @@ def pick(part: Part, pools: dict[tuple[str, str, float], list[dict[str, Any]]], 
     return picked
 
 
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def main() -> None:
-    part, output, *files = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("responses", type=Path, nargs="+")
+    parser.add_argument("--unseen", type=Path, action="append", default=[], help="leave out what is picked there")
+    arguments = parser.parse_args()
+    seen = {tuple(answer["prompt_ids"]) for file in arguments.unseen for answer in read(file)}
     pools: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
-    for file in files:
-        name = Path(file).stem.removesuffix("responses").removesuffix("-") or "first"
-        for line in Path(file).read_text(encoding="utf-8").splitlines():
-            answer = json.loads(line)
-            pools.setdefault((name, answer["domain"], answer["temperature"]), []).append(answer)
-    picked = pick(PARTS[part], pools, random.Random(11))
-    Path(output).write_text("".join(json.dumps(answer) + "\n" for answer in picked), encoding="utf-8")
+    for file in arguments.responses:
+        name = file.stem.removesuffix("responses").removesuffix("-") or "first"
+        for answer in read(file):
+            if tuple(answer["prompt_ids"]) not in seen:
+                pools.setdefault((name, answer["domain"], answer["temperature"]), []).append(answer)
+    picked = pick(PARTS[arguments.part], pools, random.Random(11))
+    arguments.output.write_text("".join(json.dumps(answer) + "\n" for answer in picked), encoding="utf-8")
 
 
 if __name__ == "__main__":

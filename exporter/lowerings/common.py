@@ -88,6 +88,27 @@ def project_vocabulary(op: Any, states: Any, weight: Any) -> Any:
     return op.Gemm(states, weight, transB=1)
 
 
+def cast(op: Any, tensor: Any, dtype: int) -> Any:
+    """`aten.to`: to another element type."""
+    return op.Cast(tensor, to=dtype)
+
+
+def subtract_from(op: Any, tensor: Any, other: float, alpha: float = 1.0) -> Any:
+    """`aten.rsub`: other − alpha · tensor."""
+    scaled = tensor if alpha == 1 else op.Mul(tensor, op.CastLike(op.Constant(value_float=float(alpha)), tensor))
+    return op.Sub(op.CastLike(op.Constant(value_float=float(other)), tensor), scaled)
+
+
+def both(op: Any, left: Any, right: Any) -> Any:
+    """`aten.__and__` of booleans."""
+    return op.And(left, right)
+
+
+def either(op: Any, left: Any, right: Any) -> Any:
+    """`aten.__or__` of booleans."""
+    return op.Or(left, right)
+
+
 def filter_threshold(op: Any, probs: Any, top_k: Any, top_p: Any, min_p: Any, pool: Any) -> tuple[Any, Any]:
     """See `dspark_edge.exporter.operators.filter_threshold`; TopK's size is the input `pool`."""
     one, zero = op.Constant(value_float=1.0), op.Constant(value_float=0.0)
@@ -127,4 +148,9 @@ def shared_translations(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]
     return {
         torch.ops.dspark.project_vocabulary.default: partial(project_vocabulary, op),
         torch.ops.dspark.filter_threshold.default: partial(filter_threshold, op),
+        # What torch decomposes before it translates, see `dspark_edge.exporter.tracing`.
+        torch.ops.aten.to.dtype: partial(cast, op),
+        torch.ops.aten.rsub.Scalar: partial(subtract_from, op),
+        torch.ops.aten.__and__.Tensor: partial(both, op),
+        torch.ops.aten.__or__.Tensor: partial(either, op),
     }

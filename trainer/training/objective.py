@@ -87,19 +87,11 @@ def step_loss(
         parts,
     )
     acceptance = (1.0 - 0.5 * rows.distances).clamp(0.0, 1.0)
-    loss = rows.loss
-    confidence_loss = torch.zeros((), device=loss.device)
-    if blocks.confidence_logits is not None:
-        logits = blocks.confidence_logits.reshape(-1)[chosen].float()
-        wanted = acceptance
-        if confidence_target == "outcome":
-            wanted = _outcomes(batch, chosen, rows.correct, acceptance)
-        confidence_loss = functional.binary_cross_entropy_with_logits(logits, wanted, row_weights, reduction="sum")
-        loss = loss + confidence_loss
+    wanted = acceptance if confidence_target == "overlap" else _outcomes(batch, chosen, rows.correct, acceptance)
+    confidence_loss = _confidence_loss(blocks, chosen, wanted, row_weights)
+    loss = rows.loss + confidence_loss
     if regression_weight:
-        states = batch.target_hidden.flatten(0, 2)[chosen].float()
-        distance = (blocks.hidden.flatten(0, 2)[chosen].float() - states).square().mean(dim=-1)
-        loss = loss + regression_weight * (row_weights * distance).sum() / states.square().mean()
+        loss = loss + regression_weight * _feature_loss(blocks, batch, chosen, row_weights)
     # What is not in the loss keeps its place in the graph: processes that share gradients expect all of them.
     loss = loss + 0.0 * sum(part.sum() for part in (blocks.hidden, blocks.markov) if part is not None)
     spread = torch.zeros(batch.valid.numel(), device=loss.device)
@@ -113,6 +105,23 @@ def step_loss(
         spread.index_copy(0, chosen, acceptance).reshape(batch.valid.shape),
         hits.index_copy(0, chosen, rows.correct).reshape(batch.valid.shape),
     )
+
+
+def _confidence_loss(
+    blocks: Blocks, chosen: torch.Tensor, wanted: torch.Tensor, row_weights: torch.Tensor
+) -> torch.Tensor:
+    """Σ w_k · BCE of the confidences of the chosen rows, [N]; zero where the drafter has none."""
+    if blocks.confidence_logits is None:
+        return torch.zeros((), device=row_weights.device)
+    logits = blocks.confidence_logits.reshape(-1)[chosen].float()
+    return functional.binary_cross_entropy_with_logits(logits, wanted, row_weights, reduction="sum")
+
+
+def _feature_loss(blocks: Blocks, batch: Batch, chosen: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
+    """Σ w_k · the mean squared distance to the target's hidden states, relative to their size."""
+    states = batch.target_hidden.flatten(0, 2)[chosen].float()
+    distance = (blocks.hidden.flatten(0, 2)[chosen].float() - states).square().mean(dim=-1)
+    return (row_weights * distance).sum() / states.square().mean()
 
 
 def _outcomes(batch: Batch, chosen: torch.Tensor, correct: torch.Tensor, acceptance: torch.Tensor) -> torch.Tensor:
