@@ -10,9 +10,12 @@ import onnx_ir as ir
 from torch import nn
 
 from dspark_edge.engines.manifest import GraphSpec
+from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig
 from dspark_edge.exporter.contracts import drafter_contract, sampler_contracts, target_contract
 from dspark_edge.exporter.lowerings import get_lowering
+from dspark_edge.exporter.modules.drafter import Drafter
 from dspark_edge.exporter.modules.sampler import FilteredAcceptance, GreedyAcceptance, SamplingAcceptance
+from dspark_edge.exporter.modules.target import Target
 from dspark_edge.exporter.options import ExportOptions
 from dspark_edge.exporter.pair import Pair
 from dspark_edge.exporter.quantization import weight_formats
@@ -55,27 +58,43 @@ def _quantized(graph: Graph, pair: Pair, options: ExportOptions) -> Graph:
     return Graph(graph.model, graph.contract, sources)
 
 
+@lru_cache(maxsize=8)
+def _traced_target(
+    config: DecoderConfig, drafter: DrafterConfig | None, capacity: int, dtype: str, lowering_name: str
+) -> tuple[ir.Model, GraphContract]:
+    """A target's graph without weights. Exporting it in another precision, or with another drafter of the same shape,
+    traces it no second time. Do not change it."""
+    lowering = get_lowering(lowering_name)
+    contract = target_contract(config, drafter, "capacity" if lowering.dynamic_capacity else capacity, dtype)
+    opset = lowering.opset if drafter is None else lowering.context_opset
+    model = trace(lambda: Target(config, drafter, capacity, TORCH_DTYPES[dtype]), contract, lowering, opset)
+    return model, contract
+
+
+@lru_cache(maxsize=8)
+def _traced_drafter(
+    config: DrafterConfig, candidates: int, pool: int | None, capacity: int, dtype: str, lowering_name: str
+) -> tuple[ir.Model, GraphContract]:
+    """The same of a drafter."""
+    lowering = get_lowering(lowering_name)
+    contract = drafter_contract(config, candidates, "capacity" if lowering.dynamic_capacity else capacity, dtype)
+    model = trace(lambda: Drafter(config, capacity, candidates, pool, TORCH_DTYPES[dtype]), contract, lowering)
+    return model, contract
+
+
 def _trace_target(pair: Pair, options: ExportOptions, capacity: int) -> Graph:
-    lowering = get_lowering(options.lowering)
-    cache_size = "capacity" if lowering.dynamic_capacity else capacity
-    contract = target_contract(pair.target_config, pair.drafter_config, cache_size, options.dtype)
-    opset = lowering.opset if pair.drafter is None else lowering.context_opset
-    dtype = TORCH_DTYPES[options.dtype]
-    model = trace(lambda: pair.build_target(capacity, dtype), contract, lowering, opset)
-    return _quantized(Graph(model, contract, pair.target_sources(capacity)), pair, options)
+    config, drafter = pair.target_config, pair.drafter_config
+    model, contract = _traced_target(config, drafter, capacity, options.dtype, options.lowering)
+    return _quantized(Graph(model.clone(), contract, pair.target_sources(capacity)), pair, options)
 
 
 def _trace_drafter(pair: Pair, options: ExportOptions, capacity: int) -> Graph:
-    lowering = get_lowering(options.lowering)
-    if pair.drafter_config is None:
+    config = pair.drafter_config
+    if config is None:
         raise RuntimeError("an ngram drafter has no graph")
-    cache_size = "capacity" if lowering.dynamic_capacity else capacity
-    candidates = options.resolve_candidates(pair.drafter_config)
-    pool = options.resolve_pool(pair.drafter_config)
-    contract = drafter_contract(pair.drafter_config, candidates, cache_size, options.dtype)
-    dtype = TORCH_DTYPES[options.dtype]
-    model = trace(lambda: pair.build_drafter(capacity, candidates, pool, dtype), contract, lowering)
-    return _quantized(Graph(model, contract, pair.drafter_sources(capacity)), pair, options)
+    candidates, pool = options.resolve_candidates(config), options.resolve_pool(config)
+    model, contract = _traced_drafter(config, candidates, pool, capacity, options.dtype, options.lowering)
+    return _quantized(Graph(model.clone(), contract, pair.drafter_sources(capacity)), pair, options)
 
 
 @lru_cache(maxsize=12)
