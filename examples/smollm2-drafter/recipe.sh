@@ -11,7 +11,7 @@ target=$1 work=$2 prompts=${3:-}
 mkdir -p "$work"
 
 if [ -z "$prompts" ]; then
-    for name in responses {more,library,boxed,conversation,function}-responses; do
+    for name in responses {more,library,boxed,conversation,function,subject,own,aside,problem}-responses; do
         [ -e "$work/$name.jsonl" ] || xz -dkc "$here/$name.jsonl.xz" > "$work/$name.jsonl"
     done
 else
@@ -20,6 +20,8 @@ else
     python "$here/prompts.py" "$prompts" "$work/boxed-prompts.jsonl" "$work/stub-prompts.jsonl"
     python "$here/library_stubs.py" "$work/library-prompts.jsonl"
     python "$here/conversations.py" "$work/conversation-prompts.jsonl" "$work/function-prompts.jsonl"
+    python "$here/more_conversations.py" "$work/subject-prompts.jsonl" "$work/aside-prompts.jsonl"
+    tail -n 96 "$work/boxed-prompts.jsonl" > "$work/problem-prompts.jsonl"
     respond() {
         dspark-edge respond --bundle "$work/plain" --target "$target" --wave 128 "$@"
     }
@@ -32,12 +34,21 @@ else
     cat "$work"/{other,stub}-responses.jsonl > "$work/more-responses.jsonl"
     respond --prompts "$work/library-prompts.jsonl" --greedy-share 1 --max-new-tokens 128 --max-length 330 \
         -o "$work/library-responses.jsonl"
-    respond --prompts "$work/boxed-prompts.jsonl" --greedy-share 0.9 --max-new-tokens 144 --max-length 330 \
+    head -n -96 "$work/boxed-prompts.jsonl" > "$work/other-boxed-prompts.jsonl"
+    respond --prompts "$work/other-boxed-prompts.jsonl" --greedy-share 0.9 --max-new-tokens 144 --max-length 330 \
         -o "$work/boxed-responses.jsonl"
     respond --prompts "$work/conversation-prompts.jsonl" --greedy-share 0.85 --max-new-tokens 128 --max-length 520 \
         --seed 3 -o "$work/conversation-responses.jsonl"
     respond --prompts "$work/function-prompts.jsonl" --greedy-share 1 --max-new-tokens 128 \
         -o "$work/function-responses.jsonl"
+    for kind in subject aside; do
+        respond --prompts "$work/$kind-prompts.jsonl" --greedy-share 0.85 --max-new-tokens 128 --max-length 560 \
+            --seed 21 -o "$work/$kind-responses.jsonl"
+    done
+    respond --synthesise 288 --greedy-share 1 --max-new-tokens 128 --max-length 330 --seed 21 \
+        -o "$work/own-responses.jsonl"
+    respond --prompts "$work/problem-prompts.jsonl" --greedy-share 1 --max-new-tokens 128 --max-length 330 \
+        -o "$work/problem-responses.jsonl"
 fi
 
 # First a little of everything, half of it on short blocks.
@@ -56,13 +67,27 @@ python "$here/pick.py" second "$work/second.jsonl" "$work"/{responses,{more,libr
 # And conversations of two turns, with confidences in what greedy decoding accepts.
 python "$here/pick.py" third "$work/third.jsonl" \
     "$work"/{responses,{more,library,boxed,conversation,function}-responses}.jsonl
-[ -e "$work/drafter/model.safetensors" ] || dspark-edge train --target "$target" \
-    --responses "$work/third.jsonl" -o "$work/drafter" --warm-start "$work/second" --layers 2 --block-size 7 \
-    --draft-vocab 10240 --count "$work/responses.jsonl" --count "$work/more-responses.jsonl" \
-    --count "$work/library-responses.jsonl" --count "$work/conversation-responses.jsonl" \
-    --count "$work/function-responses.jsonl" --steps 1250 --batch 8 --anchors 32 --warmup 30 --learning-rate 0.001 \
-    --short-share 0.6 --divergence-share 0.6 --cross-entropy 0.3 --confidence-target outcome \
-    --evaluate-every 100 --checkpoint-every 50
+learn() {
+    dspark-edge train --target "$target" --layers 2 --block-size 7 --draft-vocab 10240 \
+        --count "$work/responses.jsonl" --count "$work/more-responses.jsonl" --count "$work/library-responses.jsonl" \
+        --count "$work/conversation-responses.jsonl" --count "$work/function-responses.jsonl" \
+        --batch 8 --anchors 32 --warmup 30 --learning-rate 0.001 --short-share 0.6 --divergence-share 0.6 \
+        --cross-entropy 0.3 --confidence-target outcome --evaluate-every 100 --checkpoint-every 50 "$@"
+}
+[ -e "$work/third/model.safetensors" ] || learn --responses "$work/third.jsonl" -o "$work/third" \
+    --warm-start "$work/second" --steps 1250
+
+# More conversations, on other subjects.
+python "$here/pick.py" fourth "$work/fourth.jsonl" \
+    "$work"/{responses,{more,library,boxed,conversation,function,subject,own}-responses}.jsonl
+[ -e "$work/fourth/model.safetensors" ] || learn --responses "$work/fourth.jsonl" -o "$work/fourth" \
+    --warm-start "$work/third" --count "$work/subject-responses.jsonl" --count "$work/own-responses.jsonl" \
+    --held-out 0.02 --steps 1000
+
+# Last the confidence head alone, on answers that nothing above was trained on.
+python "$here/pick.py" confidence "$work/confidence.jsonl" "$work"/{aside,problem,library,more}-responses.jsonl \
+    --unseen "$work/second.jsonl" --unseen "$work/third.jsonl" --unseen "$work/fourth.jsonl"
+CONFIDENCE
 
 [ -e "$work/bundle" ] || dspark-edge export --target "$target" --drafter "$work/drafter" -o "$work/bundle"
 dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl" --limit 96

@@ -142,7 +142,7 @@ class Controller:
             Proposal(
                 state.history.live(offer.confidences, offer.drafted),
                 state.history.expected[: offer.drafted],
-                state.history.lagged(offer.drafted),
+                state.history.lagged(offer.drafted) if self._scheduler.looks_back else (),
                 offer.context,
                 offer.greedy,
             )

@@ -71,15 +71,22 @@ class Acceptance:
             accepted: drafts that were accepted, at most `verify_length`.
         """
         judged = min(accepted + 1, verify_length)  # verified, with all predecessors accepted
+        # A round learns this of every request, twice: no calls in the loops.
+        weights, sums, memory = self._weights, self._sums, self._memory
         if confidences is None:
             for position in range(judged):
-                self._learn(position, 1.0, float(position < accepted))
+                weights[position] = weights[position] * memory + 1
+                sums[position] = sums[position] * memory + (position < accepted)
             return
         trust = self.trust
         weight = 1.0
         for position, confidence in enumerate(confidences):
-            value = min(confidence * trust, _MOST)
-            self._learn(position, weight, value)
+            value = confidence * trust
+            if value > _MOST:
+                value = _MOST
+            left = 1 - (1 - memory) * weight
+            weights[position] = weights[position] * left + weight
+            sums[position] = sums[position] * left + weight * value
             if position >= verify_length:
                 weight *= value  # not verified: accepted with this chance
             elif position >= accepted:
@@ -91,11 +98,6 @@ class Acceptance:
 
     def _ratio(self) -> float:
         return min(max(self._accepted / self._promised, _LEAST_TRUST), _MOST_TRUST)
-
-    def _learn(self, position: int, weight: float, value: float) -> None:
-        left = 1 - (1 - self._memory) * weight
-        self._weights[position] = self._weights[position] * left + weight
-        self._sums[position] = self._sums[position] * left + weight * value
 
 
 class History:

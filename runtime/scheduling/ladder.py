@@ -20,7 +20,7 @@ class Proposal(NamedTuple):
 
     survivals: tuple[float, ...]  # [n] chance that drafts 1 … k are all accepted, by live confidences; never rises
     expected: tuple[float, ...]  # [n] the same as forecast from earlier rounds only
-    lagged: tuple[float, ...]  # [n] the live survivals of two rounds ago; the forecast where there were none
+    lagged: tuple[float, ...]  # [n] live survivals of two rounds ago, else the forecast; () where no rule asks for it
     context: int  # cached tokens
     greedy: bool  # temperature 0: the draft is a function of the text, nothing in it is drawn
 

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from dspark_edge.runtime.scheduling.ladder import Ladder, Proposal
 from dspark_edge.runtime.scheduling.pricing import Pricing
@@ -62,6 +62,9 @@ _LEAST_EXPECTED = 1e-9
 class Scheduler(Protocol):
     """Chooses verify lengths. A pure function of numbers: whatever a rule remembers is in the proposals."""
 
+    looks_back: ClassVar[bool]
+    """Whether it asks for what was live two rounds ago; proposals need not have it otherwise."""
+
     def lengths(self, proposals: Sequence[Proposal], pricing: Pricing, pace: float) -> tuple[int, ...]:
         """A verify length for each request, at most as many as it has drafts.
 
@@ -76,6 +79,8 @@ class Scheduler(Protocol):
 class Plain:
     """Verify nothing. Lossless: no draft token is used."""
 
+    looks_back: ClassVar[bool] = False
+
     def lengths(self, proposals: Sequence[Proposal], pricing: Pricing, pace: float) -> tuple[int, ...]:
         return (0,) * len(proposals)
 
@@ -83,6 +88,8 @@ class Plain:
 @dataclass(frozen=True, slots=True)
 class Static:
     """Verify the same number of tokens always. Lossless at any temperature: the length depends on no token."""
+
+    looks_back: ClassVar[bool] = False
 
     length: int
 
@@ -96,6 +103,8 @@ class Threshold:
 
     Lossless at any temperature: a_k is a product of c_1 … c_k, and other requests are not looked at.
     """
+
+    looks_back: ClassVar[bool] = False
 
     least: float
 
@@ -115,6 +124,8 @@ class EarlyStop:
     that does not pay is what makes it so: a step of the costs that later rungs would repay ends the climb, because
     looking at those rungs would be looking at tokens that are being decided on.
     """
+
+    looks_back: ClassVar[bool] = False
 
     def lengths(self, proposals: Sequence[Proposal], pricing: Pricing, pace: float) -> tuple[int, ...]:
         ladders = pricing.ladders(proposals)
@@ -158,6 +169,8 @@ class LookAhead:
     (`admission_thresholds`), and the gain is one of confidences up to its position.
     """
 
+    looks_back: ClassVar[bool] = False
+
     def lengths(self, proposals: Sequence[Proposal], pricing: Pricing, pace: float) -> tuple[int, ...]:
         ladders = pricing.ladders(proposals)
         rate = _rate(ladders, len(proposals), pace)
@@ -185,6 +198,8 @@ class Lagged:
     would not be lossless to fill them by anything that a later token changes, the survival of the whole draft for
     instance, or to drop the requests whose last confidences are worst.
     """
+
+    looks_back: ClassVar[bool] = True
 
     def lengths(self, proposals: Sequence[Proposal], pricing: Pricing, pace: float) -> tuple[int, ...]:
         past = pricing.ladders([one._replace(survivals=one.lagged) for one in proposals])
