@@ -23,7 +23,8 @@ With the defaults a hopeless answer of 128 tokens is drafted for in rounds 0, 3,
 plain steps each that is 1.6 %.
 
 **A new sequence** starts with a `stake` in its bank if the engine's recent rounds paid, and parked if they did not; if
-nothing is known it drafts, and one round is enough to park.
+nothing is known it drafts, and one round is enough to park. One that loses its stake at once waits `start_wait` rounds
+for the first probe: that others pay says little of it then.
 
 Lossless at temperature > 0: whether a round is drafted depends on earlier rounds only.
 
@@ -52,10 +53,10 @@ class ParkingOptions:
     margin: float = 0.02  # drafting must gain more than this share
     memory: float = 0.9  # what is left of evidence after another round
     most_bank: float = 3.0  # plain tokens that drafting may lose before it parks, however much it won before
-    stake: float = 1.0  # the same of a new sequence, where drafting pays for the engine's others
+    stake: float = 0.5  # the same of a new sequence, where drafting pays for the engine's others
     first_wait: int = 2  # rounds parked before the first probe
     longest_wait: int = 64
-    start_wait: int = 8  # rounds before the first probe of a sequence that starts parked
+    start_wait: int = 8  # rounds before the first probe of a sequence that starts parked, or has won nothing yet
 
     def __post_init__(self) -> None:
         if self.margin < 0 or not 0 <= self.memory < 1:
@@ -147,7 +148,8 @@ def start(engine: Evidence, options: ParkingOptions) -> Parking:
         return Parking(NOTHING_KNOWN, options.first_wait)
     prior = Evidence(engine.gain, 1.0)
     if engine.pays(options):
-        return Parking(prior, options.first_wait, bank=options.stake)
+        # Should it lose the stake before it has won anything, it is not looked at again soon. Rounds that pay halve it.
+        return Parking(prior, options.start_wait, bank=options.stake)
     wait = min(2 * options.start_wait, options.longest_wait)
     return Parking(prior, wait, options.start_wait, True)
 

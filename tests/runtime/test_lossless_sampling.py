@@ -1,6 +1,6 @@
 """At temperature 1, speculative decoding draws from the target's own distribution: a chi-square test.
 
-The first three tokens of 8000 seeded runs are counted as whole outcomes and compared with the exact probabilities,
+The first three tokens of 5000 seeded runs are counted as whole outcomes and compared with the exact probabilities,
 which are the products of the target's own softmax along each path. Seeds are fixed, so the result is, too.
 """
 
@@ -26,7 +26,7 @@ from dspark_edge.runtime.scheduling import Lagged, LookAhead, Scheduler
 from .scripted import TableCosts
 
 PROMPT = [int(byte) for byte in b"the "]
-RUNS = 8_000
+RUNS = 5_000
 DEPTH = 3
 # An outcome of its own has at least this many expected counts; all rarer ones are one.
 LEAST_EXPECTED = 10.0
