@@ -22,7 +22,7 @@ _REASONS = {
 }
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes | memoryview) -> None:
     """Write a file under a temporary name, flush it to disk, and give it its name.
 
     Raises:

@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "export": ("dspark_edge.exporter.cli:export", "Export a target and its drafter to a bundle."),
     "inspect": ("dspark_edge.runtime.cli.inspect:inspect", "Show what a bundle holds, and check its files."),
     "parity": ("dspark_edge.exporter.cli:parity", "Compare a bundle with its checkpoints in torch, output by output."),
+    "build": ("dspark_edge.runtime.cli.build:build", "Build TensorRT engines of a bundle."),
     "generate": ("dspark_edge.runtime.cli.generate:generate", "Answer prompts."),
     "chat": ("dspark_edge.runtime.cli.chat:chat", "Talk to a model."),
     "profile": ("dspark_edge.runtime.cli.profile:profile", "Measure what rounds cost on this device."),

@@ -1,0 +1,8 @@
+"""TensorRT: engines built from a bundle's graphs, ahead of time or on the device.
+
+- `flavour`: which TensorRT; the only place that imports one.
+- `profiles`: for which shapes engines are built; numbers alone.
+- `network`: a graph as a TensorRT network, checked.
+- `builder`: networks to engines in a bundle's `devices/`.
+- `records`: what an engine says of itself, and whether it still holds.
+"""

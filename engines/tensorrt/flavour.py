@@ -1,0 +1,115 @@
+"""Which TensorRT: that of data centres and Jetson (`tensorrt`), or that for RTX (`tensorrt_rtx`).
+
+Both have the same interface. This is the only module that imports one of them; everything else is given a `Flavour`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from dspark_edge.engines.errors import EngineError, InvalidInputError, MissingDependencyError
+from dspark_edge.engines.machine import parse_version
+
+__all__ = ["BACKENDS", "Flavour", "load_flavour", "make_network"]
+
+_MODULES: Mapping[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+BACKENDS = tuple(_MODULES)
+
+_OLDEST = (10, 3)  # of `tensorrt`: JetPack 6
+# What the lowerings need beyond what every release has.
+_OPERATORS: Mapping[str, tuple[str, ...]] = {
+    "onnx": ("TensorScatter", "Attention", "RotaryEmbedding", "RMSNormalization"),
+    "decomposed": (),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Flavour:
+    """An imported TensorRT."""
+
+    backend: str  # one of BACKENDS
+    trt: Any  # the module
+    version: str
+
+    @property
+    def cross_builds(self) -> bool:
+        """Whether it builds engines for GPUs that are not here."""
+        return self.backend == "tensorrt-rtx"
+
+    @property
+    def times_tactics(self) -> bool:
+        """Whether building measures kernels, which a timing cache then keeps."""
+        return self.backend == "tensorrt"
+
+    def check_lowering(self, lowering: str) -> None:
+        """See that this release reads graphs of a lowering.
+
+        Raises:
+            InvalidInputError: it does not; the message says which lowering to export with.
+        """
+        if lowering not in _OPERATORS:
+            raise InvalidInputError(
+                f"the bundle's lowering is {lowering!r}, which only ONNX Runtime reads; export it with "
+                f"--lowering {'onnx' if not self._missing('onnx') else 'decomposed'} --precision fp16"
+            )
+        if missing := self._missing(lowering):
+            raise InvalidInputError(
+                f"{self.backend} {self.version} does not know the operator {missing[0]} of the lowering {lowering!r}, "
+                "which 10.15 and later do; export with --lowering decomposed, or upgrade TensorRT"
+            )
+
+    def compute_capabilities(self, wanted: tuple[str, ...]) -> tuple[Any, ...]:
+        """The members of the module's ComputeCapability for "8.6" and the like.
+
+        Raises:
+            InvalidInputError: this flavour does not build for one of them.
+        """
+        kinds = getattr(self.trt, "ComputeCapability", None)
+        known = {} if kinds is None else {name: kind for name, kind in kinds.__members__.items() if name[2:].isdigit()}
+        found = []
+        for text in wanted:
+            name = f"SM{text.replace('.', '')}"
+            if name not in known:
+                able = ", ".join(f"{member[2:-1]}.{member[-1]}" for member in known) or "the GPU that is present alone"
+                raise InvalidInputError(
+                    f"{self.backend} {self.version} does not build for {text!r}; it does for: {able}"
+                )
+            found.append(known[name])
+        return tuple(found)
+
+    def _missing(self, lowering: str) -> list[str]:
+        trt = self.trt
+        parser = trt.OnnxParser(make_network(self, trt.Builder(trt.Logger(trt.Logger.ERROR))), trt.Logger())
+        return [name for name in _OPERATORS[lowering] if not parser.supports_operator(name)]
+
+
+def load_flavour(backend: str) -> Flavour:
+    """Import a TensorRT.
+
+    Raises:
+        InvalidInputError: the backend is unknown.
+        MissingDependencyError: it is not installed.
+        EngineError: it cannot be loaded, or is too old.
+    """
+    if backend not in _MODULES:
+        raise InvalidInputError(f"unknown backend {backend!r}; choose one of: {', '.join(BACKENDS)}")
+    module = _MODULES[backend]
+    try:
+        trt = import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(backend, "building engines", backend) from error
+    except (ImportError, OSError) as error:  # the module is there, its libraries are not
+        raise EngineError(f"{module} cannot be loaded: {error}; `dspark-edge doctor` says what is missing") from error
+    flavour = Flavour(backend, trt, str(trt.__version__))
+    if backend == "tensorrt" and (parse_version(flavour.version) or _OLDEST)[:2] < _OLDEST:
+        raise EngineError(f"TensorRT {flavour.version} is too old; 10.3 is the oldest that bundles are made for")
+    return flavour
+
+
+def make_network(flavour: Flavour, builder: Any) -> Any:
+    """An empty network in which every tensor has the type that the graph gives it."""
+    strongly_typed = getattr(flavour.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # gone where implied
+    return builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
