@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "export": ("dspark_edge.exporter.cli:export", "Export a target and its drafter to a bundle."),
     "inspect": ("dspark_edge.runtime.cli.inspect:inspect", "Show what a bundle holds, and check its files."),
     "parity": ("dspark_edge.exporter.cli:parity", "Compare a bundle with its checkpoints in torch, output by output."),
+    "plan": ("dspark_edge.exporter.planning_cli:plan", "Say what fits on a device, and how fast it may be."),
     "build": ("dspark_edge.runtime.cli.build:build", "Build TensorRT engines of a bundle."),
     "generate": ("dspark_edge.runtime.cli.generate:generate", "Answer prompts."),
     "chat": ("dspark_edge.runtime.cli.chat:chat", "Talk to a model."),
@@ -35,7 +36,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "doctor": ("dspark_edge.runtime.cli.doctor:doctor", "Say what this machine can do, and how to add what it cannot."),
 }
 
-_WITH_TORCH = ("dspark_edge.exporter.cli", "dspark_edge.trainer.training.cli")
+_WITH_TORCH = ("dspark_edge.exporter.cli", "dspark_edge.exporter.planning_cli", "dspark_edge.trainer.training.cli")
 
 
 @contextmanager

@@ -36,6 +36,7 @@ def test_help_lists_the_commands_without_importing_them() -> None:
         "export",
         "inspect",
         "parity",
+        "plan",
         "build",
         "generate",
         "chat",
