@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import onnx_ir as ir
@@ -58,12 +58,28 @@ def _quantized(graph: Graph, pair: Pair, options: ExportOptions) -> Graph:
     return Graph(graph.model, graph.contract, sources)
 
 
+def _context_shape(drafter: DrafterConfig | None) -> DrafterConfig | None:
+    """A drafter as far as a target's graph knows it: those that differ in their heads alone share its trace."""
+    if drafter is None:
+        return None
+    return replace(
+        drafter,
+        block_size=1,
+        mask_token_id=0,
+        markov_rank=0,
+        markov_head="none",
+        confidence=False,
+        confidence_with_markov=False,
+        draft_vocab_size=None,
+    )
+
+
 @lru_cache(maxsize=8)
 def _traced_target(
     config: DecoderConfig, drafter: DrafterConfig | None, capacity: int, dtype: str, lowering_name: str
 ) -> tuple[ir.Model, GraphContract]:
-    """A target's graph without weights. Exporting it in another precision, or with another drafter of the same shape,
-    traces it no second time. Do not change it."""
+    """A target's graph without weights. Exporting it in another precision, or with a drafter of another head, traces it
+    no second time. Do not change it."""
     lowering = get_lowering(lowering_name)
     contract = target_contract(config, drafter, "capacity" if lowering.dynamic_capacity else capacity, dtype)
     opset = lowering.opset if drafter is None else lowering.context_opset
@@ -83,7 +99,7 @@ def _traced_drafter(
 
 
 def _trace_target(pair: Pair, options: ExportOptions, capacity: int) -> Graph:
-    config, drafter = pair.target_config, pair.drafter_config
+    config, drafter = pair.target_config, _context_shape(pair.drafter_config)
     model, contract = _traced_target(config, drafter, capacity, options.dtype, options.lowering)
     return _quantized(Graph(model.clone(), contract, pair.target_sources(capacity)), pair, options)
 

@@ -61,7 +61,7 @@ def test_it_answers(static: Generator) -> None:
 
 
 def test_static_and_plain_decoding_say_the_same(static: Generator, plain: Generator) -> None:
-    params = SamplingParams(max_new_tokens=48)
+    params = SamplingParams(max_new_tokens=32)
     accepted: list[int] = []
     for line in PROMPTS.read_text().splitlines():
         prompt = json.loads(line)["turns"][0]
