@@ -4,7 +4,7 @@
 #   examples/smollm2-drafter/recipe.sh TARGET.gguf WORK_FOLDER [PROMPTS.jsonl]
 #
 # TARGET.gguf is SmolLM2-135M-Instruct (`make demo` fetches it to .cache/). The target's answers come with this folder,
-# so that all of it takes less than four hours on two cores; with PROMPTS.jsonl they are made anew, which takes another.
+# so that all of it takes five hours on two cores; with PROMPTS.jsonl they are made anew, which takes two more.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 target=$1 work=$2 prompts=${3:-}
@@ -87,7 +87,10 @@ python "$here/pick.py" fourth "$work/fourth.jsonl" \
 # Last the confidence head alone, on answers that nothing above was trained on.
 python "$here/pick.py" confidence "$work/confidence.jsonl" "$work"/{aside,problem,library,more}-responses.jsonl \
     --unseen "$work/second.jsonl" --unseen "$work/third.jsonl" --unseen "$work/fourth.jsonl"
-CONFIDENCE
+[ -e "$work/drafter/model.safetensors" ] || dspark-edge train --target "$target" \
+    --responses "$work/confidence.jsonl" -o "$work/drafter" --warm-start "$work/fourth" --only confidence \
+    --confidence-target outcome --optimizer adamw --learning-rate 0.002 --warmup 20 --short-share 0 \
+    --batch 8 --anchors 32 --steps 160 --held-out 0.1 --evaluate-every 60 --checkpoint-every 60
 
 [ -e "$work/bundle" ] || dspark-edge export --target "$target" --drafter "$work/drafter" -o "$work/bundle"
-dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl" --limit 96
+dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl" --limit 72
