@@ -78,6 +78,17 @@ class Bundle:
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"cannot read {path}: {error}") from error
 
+    def read_json(self, name: str, advice: str) -> object:
+        """The JSON value in the file ``name``.
+
+        Raises:
+            BundleError: it cannot be read as that; the message ends with ``advice``.
+        """
+        try:
+            return json.loads(self.read_text(name))
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{self.path / name} is damaged, not valid JSON ({error}); {advice}") from error
+
     def verify(self, progress: Callable[[int, int], None] | None = None) -> tuple[str, ...]:
         """Check the hash of every recorded file.
 

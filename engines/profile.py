@@ -109,10 +109,7 @@ class Profile(Record):
         if not bundle.has(name):
             return None
         where = str(bundle.path / name)
-        try:
-            data = json.loads(bundle.read_text(name))
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{where} is damaged, not valid JSON ({error}); {_ADVICE}") from error
+        data = bundle.read_json(name, _ADVICE)
         version = data.get("schema_version") if isinstance(data, dict) else None
         if type(version) is int and version > SCHEMA_VERSION:
             newer = f"{where} was made by a newer version (schema {version}); upgrade dspark-edge"

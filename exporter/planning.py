@@ -87,7 +87,11 @@ class PairShape:
     target_weights: int  # without embedding and head, with the projection of the drafter's context
     drafter_weights: int  # without embedding and head, with the sequential head
     vocabulary_weights: int  # embeddings and heads, as the graphs hold them
-    read_vocabulary_weights: int  # of them, what a plain step reads: the target's head
+
+    @property
+    def read_vocabulary_weights(self) -> int:
+        """Of them, what a plain step reads: the target's head."""
+        return self.target.vocab_size * self.target.hidden_size
 
     @property
     def block_size(self) -> int:
@@ -167,7 +171,7 @@ def read_pair_shape(target: str | Path, drafter: str | Path | None) -> PairShape
             # Its graph has the embedding, and the head's rows of the tokens that it drafts.
             shared = (config.vocab_size + drafted.head_size) * config.hidden_size
             drafting = _weights(draft_module) - shared
-    return PairShape(config, drafted, own - copies * vocabulary, drafting, copies * vocabulary + shared, vocabulary)
+    return PairShape(config, drafted, own - copies * vocabulary, drafting, copies * vocabulary + shared)
 
 
 def plan_device(

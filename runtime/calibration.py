@@ -11,7 +11,6 @@ calibration: Kull, Silva Filho and Flach 2017). All of it keeps the order of a p
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -116,10 +115,7 @@ class Calibration:
         if not bundle.has(CALIBRATION_NAME):
             return None
         where = f"{bundle.path / CALIBRATION_NAME}"
-        try:
-            data = json.loads(bundle.read_text(CALIBRATION_NAME))
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{where} is damaged, not valid JSON ({error}); {_ADVICE}") from error
+        data = bundle.read_json(CALIBRATION_NAME, _ADVICE)
         return cls.from_json(data, bundle.manifest.drafter.block_size, where)
 
     @classmethod

@@ -63,7 +63,7 @@ def resolve_sizes(
     """The sizes to build for; what is None is taken from the bundle.
 
     Args:
-        widths: None: 1 … block size + 1.
+        widths: None or none: 1 … block size + 1.
 
     Raises:
         InvalidInputError: a size is below 1, or widths lack 1.

@@ -62,10 +62,7 @@ class EngineRecord(Record):
         if not bundle.has(name):
             return None
         where = str(bundle.path / name)
-        try:
-            data = json.loads(bundle.read_text(name))
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{where} is damaged, not valid JSON ({error}); build the engines again") from error
+        data = bundle.read_json(name, "build the engines again")
         version = data.get("schema_version") if isinstance(data, dict) else None
         if type(version) is int and version > SCHEMA_VERSION:
             raise BundleError(f"{where} was made by a newer version (schema {version}); upgrade dspark-edge")

@@ -15,6 +15,7 @@ from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.engines.tensorrt.builder import BuildNeeds, BuildOptions, build_engines, estimate_needs
 from dspark_edge.engines.tensorrt.flavour import BACKENDS, load_flavour
 from dspark_edge.engines.tensorrt.profiles import resolve_sizes
+from dspark_edge.runtime.cli.options import bundle_argument, whole_numbers
 
 __all__ = ["build"]
 
@@ -40,19 +41,14 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
         yield report
 
 
-def _numbers(text: str | None, name: str) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InvalidInputError(f"{name} is {text!r}, expected whole numbers such as 1,2,4,8") from None
-
-
 @click.command(no_args_is_help=True)
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument
 @click.option("--backend", type=click.Choice(BACKENDS), required=True)
-@click.option("--widths", help="Tokens of target calls, such as 1,2,4,8.  [default: 1 to the block size + 1]")
+@click.option(
+    "--widths",
+    callback=whole_numbers,
+    help="Tokens of target calls, such as 1,2,4,8.  [default: 1 to the block size + 1]",
+)
 @click.option("--max-batch", type=int, help="Sequences decoded together.  [default: as exported]")
 @click.option("--prefill-chunk", type=int, help="Tokens of a prompt in a call.  [default: 512, or the capacity]")
 @click.option(
@@ -66,7 +62,7 @@ def _numbers(text: str | None, name: str) -> tuple[int, ...] | None:
 def build(
     bundle: Path,
     backend: str,
-    widths: str | None,
+    widths: tuple[int, ...],
     max_batch: int | None,
     prefill_chunk: int | None,
     capabilities: tuple[str, ...],
@@ -77,7 +73,7 @@ def build(
     if workspace is not None and workspace <= 0:
         raise InvalidInputError(f"workspace is {workspace} GiB, expected more than 0")
     opened = Bundle.open(bundle)
-    sizes = resolve_sizes(opened.manifest, _numbers(widths, "widths"), max_batch, prefill_chunk)
+    sizes = resolve_sizes(opened.manifest, widths, max_batch, prefill_chunk)
     flavour = load_flavour(backend)
     scratch = None if workspace is None else int(workspace * (1 << 30))
     options = BuildOptions(sizes, capabilities, timing_cache, scratch)
