@@ -1,8 +1,8 @@
 """Engines: a bundle's graphs, built by TensorRT into `devices/<backend>-<compute capabilities>/`.
 
 One graph after another: `<role>.engine`, and in the end `engines.json`, which makes the folder valid. All is written
-under other names first, so that a build that is killed leaves the old engines or none, and the timing cache keeps what
-was measured until then.
+under other names first and the record of older engines goes first, so that a build that is killed leaves none that
+look valid, and the timing cache keeps what was measured until then.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ def build_engines(
     folder = bundle.path / "devices" / engine_folder(flavour.backend, capabilities)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD_NAME).unlink(missing_ok=True)  # it would speak of engines that are replaced one by one
     except OSError as error:
         raise BundleError(write_problem(folder, error)) from error
     builder = _Builder(bundle, flavour, options, capabilities, folder, report)

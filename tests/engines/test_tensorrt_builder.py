@@ -113,9 +113,11 @@ def test_a_build_that_is_interrupted_leaves_nothing_that_looks_whole(decomposed:
         if role == "drafter" and share > 0.2:
             raise KeyboardInterrupt
 
+    folder = decomposed.path / "devices" / "tensorrt-rtx-any"
+    folder.mkdir(parents=True)
+    (folder / "engines.json").write_text("of an older build")
     with pytest.raises(KeyboardInterrupt):
         build_engines(decomposed, flavour, BuildOptions(SIZES), interrupt)
-    folder = decomposed.path / "devices" / "tensorrt-rtx-any"
     assert EngineRecord.load(decomposed, folder.name) is None
     assert [path.name for path in folder.iterdir()] == ["target.engine"]
 
