@@ -124,7 +124,7 @@ class PackedGraphs:
         for s in range(self._sequences):
             arrays[f"rows.{s}"] = rows[s] if s < batch else np.array([0])
             for name, cache in self._caches.items():
-                row = min(s, self._sequences) if s < batch else self._sequences
+                row = s if s < batch else self._sequences
                 arrays[f"{name}.{s}"] = cache[row : row + 1]
         for spec in contract.outputs:
             if spec.name not in contract.aliases and spec.name != "base_logits":
@@ -179,28 +179,31 @@ def summarise(times: Mapping[str, Mapping[int, Any]], survivals: list[float]) ->
     rows = []
     tau = 1 + sum(survivals)
     for batch in times["plain"]:
-        by_width, sampler_s = times["packed"][batch], times["sampler"][batch]
-        plain = batch / (times["plain"][batch] + sampler_s)
-
-        def speed(width: float, tokens: float, batch: int = batch, plain: float = plain) -> float:
-            by_width, sampler_s = times["packed"][batch], times["sampler"][batch]
-            target_s = float(np.interp(width, [*by_width], [*by_width.values()]))
-            # Acceptance costs by the rows that are judged.
-            return float(batch * tokens / (times["draft"][batch] + target_s + width * sampler_s) / plain)
-
-        fixed = {length: speed(1 + length, 1 + sum(survivals[:length])) for length in range(1, len(survivals) + 1)}
-        best = max(fixed, key=lambda length: fixed[length])
+        plain_s = times["plain"][batch] + times["sampler"][batch]
+        by_length = [
+            _tokens_per_second(times, batch, 1 + length, 1 + sum(survivals[:length])) * plain_s / batch
+            for length in range(1, len(survivals) + 1)
+        ]
+        best = max(range(len(by_length)), key=by_length.__getitem__)
         rows.append(
             {
                 "batch": batch,
-                "plain_tokens_per_second": plain,
-                "plain_packed": (times["plain"][batch] + sampler_s) / (by_width[1] + sampler_s),
-                "fixed": fixed[best],
-                "fixed_length": best,
-                "foreseen": speed(tau, tau),
+                "plain_tokens_per_second": batch / plain_s,
+                "plain_packed": plain_s / (times["packed"][batch][1] + times["sampler"][batch]),
+                "fixed": by_length[best],
+                "fixed_length": 1 + best,
+                "foreseen": _tokens_per_second(times, batch, tau, tau) * plain_s / batch,
             }
         )
     return rows
+
+
+def _tokens_per_second(times: Mapping[str, Mapping[int, Any]], batch: int, width: float, tokens: float) -> float:
+    """Of rounds that verify `width` tokens of each request and commit `tokens` of them."""
+    by_width = times["packed"][batch]
+    target_s = float(np.interp(width, [*by_width], [*by_width.values()]))
+    # Acceptance costs by the rows that are judged.
+    return float(batch * tokens / (times["draft"][batch] + target_s + width * times["sampler"][batch]))
 
 
 def main() -> int:

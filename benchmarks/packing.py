@@ -52,7 +52,7 @@ def pack_target(model: ir.Model, contract: GraphContract, sequences: int) -> tup
     for node in packer.nodes("RotaryEmbedding"):
         node.replace_input_with(3, positions)
     # [1, heads, T, head size]
-    packer.replace("TensorScatter", cached=(0,), rows={1: 2}, written=lambda node, s: {2: packer.start(s)})
+    packer.replace("TensorScatter", cached=(0,), rows={1: 2}, written=lambda s: {2: packer.start(s)})
     packer.replace("GroupQueryAttention", cached=(3, 4), rows={0: 1, 1: 1, 2: 1}, written=packer.lengths, out=1)
     return packer.finish(packed), packed
 
@@ -159,7 +159,7 @@ class _Packer:
         """[1] int64: what is cached of a sequence."""
         return self._starts[s]
 
-    def lengths(self, node: ir.Node, s: int) -> Mapping[int, ir.Value]:
+    def lengths(self, s: int) -> Mapping[int, ir.Value]:
         """What GroupQueryAttention takes of a sequence's length: the last valid place [1], and their number []."""
         return {5: self._lasts[s], 6: self._totals[s]}
 
@@ -181,7 +181,7 @@ class _Packer:
         op_type: str,
         cached: Sequence[int],
         rows: Mapping[int, int],
-        written: Callable[[ir.Node, int], Mapping[int, ir.Value]],
+        written: Callable[[int], Mapping[int, ir.Value]],
         out: int | None = None,
     ) -> None:
         """Make every node of a type once for each sequence.
@@ -193,7 +193,7 @@ class _Packer:
             out: axis of the rows in the first output; None where all outputs are caches.
         """
         for node in self.nodes(op_type):
-            parts = [self._make(node, s, cached, rows, written(node, s)) for s in self._sequences]
+            parts = [self._make(node, s, cached, rows, written(s)) for s in self._sequences]
             for place, output in enumerate(node.outputs[-len(cached) :], start=-len(cached)):
                 for s, values in enumerate(parts):
                     self._own[f"{output.name}.{s}"] = values[place]
