@@ -60,16 +60,24 @@ def session_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def export_once(session_dir: Path) -> Callable[..., Path]:
-    """`export_once(name, target, drafter, **options)`: the bundle, exported when a test first asks for the name."""
+    """`export_once(name, target, drafter, **options)`: the bundle, exported when a test first asks for the name.
+
+    Asking for other checkpoints or options by the same name is an error, whichever test comes first.
+    """
 
     def export(name: str, target: str | Path, drafter: str | Path, **options: Any) -> Path:
         pytest.importorskip("torch", reason="exporting needs the [export] extra")
         from dspark_edge.exporter.export import ExportOptions, export_bundle
 
         _unhook_torch_trace()  # it may have been imported just now
-        folder = session_dir / name
-        with open(session_dir / f"{name}.lock", "w") as lock:
+        folder, asked = session_dir / name, f"{Path(target).name} {Path(drafter).name} {sorted(options.items())}"
+        with open(session_dir / f"{name}.lock", "a+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            before = lock.read()
+            assert before in ("", asked), f"two tests call different bundles {name!r}: {before}; {asked}"
+            if not before:
+                lock.write(asked)
             if not folder.exists():  # appears as a whole or not at all
                 export_bundle(target, drafter, folder, ExportOptions(**options))
         return folder

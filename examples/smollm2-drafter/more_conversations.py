@@ -190,11 +190,11 @@ COUNT = 460
 ASIDE = 80
 
 
-def fill(text: str, source: random.Random) -> str:
+def fill(text: str, source: random.Random, fillers: dict[str, str] = FILLERS) -> str:
     """Replace each name in braces by one of its fillers; a name with a 2 behind it draws from the same."""
     while "{" in text:
         start, end = text.rindex("{"), text.index("}", text.rindex("{"))
-        text = text[:start] + source.choice(parts(FILLERS[text[start + 1 : end].rstrip("2")])) + text[end + 1 :]
+        text = text[:start] + source.choice(parts(fillers[text[start + 1 : end].rstrip("2")])) + text[end + 1 :]
     return text
 
 

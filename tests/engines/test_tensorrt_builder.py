@@ -97,9 +97,13 @@ def test_half_precision_is_built_with_kernels_for_whole_attention(
     export_once: Callable[..., Path], reference_dir: Path, tmp_path: Path, flavour: Flavour
 ) -> None:
     made = export_once(
-        "fp16", reference_dir / "qwen3_target", reference_dir / "qwen3_vanilla", lowering="onnx", precision="fp16",
+        "fp16",
+        reference_dir / "qwen3_target",
+        reference_dir / "qwen3_rnn",
+        lowering="onnx",
+        precision="fp16",
         capacity=128,
-    )  # fmt: skip
+    )
     shutil.copytree(made, tmp_path / "bundle")
     bundle = Bundle.open(tmp_path / "bundle")
     record = EngineRecord.load(bundle, build_engines(bundle, flavour, BuildOptions(SIZES)).name)
