@@ -1,8 +1,9 @@
 """The engine protocol: what the runtime needs of a backend that executes a bundle's graphs.
 
 A call is bound once per shape and run many times: the runtime writes a few integers into host-visible buffers, runs the
-call, and reads a few integers back. Buffers are shared between graphs (the target's logits are the sampler's input), so
-nothing of vocabulary size is copied.
+call, and reads a few integers back. Writes, runs and reads of an engine take effect in order; a backend with a device
+of its own may put runs into its queue and return, and then reading waits. Buffers are shared between graphs (the
+target's logits are the sampler's input), so nothing of vocabulary size is copied.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Call(Protocol):
     """A graph bound to buffers."""
 
     def run(self) -> None:
-        """Execute; returns when results can be read.
+        """Execute, or have it executed in turn; what is read afterwards has the results.
 
         Raises:
             EngineError: the backend failed.
@@ -56,6 +57,10 @@ class Engine(Protocol):
 
     @property
     def bundle(self) -> Bundle: ...
+
+    @property
+    def most_rows(self) -> int | None:
+        """Most rows of logits that a call of the target can give; None: as many as it has tokens."""
 
     def allocate(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         """Zero-filled memory for a graph's input or output.
@@ -73,6 +78,9 @@ class Engine(Protocol):
         Raises:
             EngineError: a buffer is missing or does not fit the contract, or the graph cannot be loaded.
         """
+
+    def synchronize(self) -> None:
+        """Wait until all that was run is done; needed where time is taken, not for reading."""
 
     def close(self) -> None: ...
 

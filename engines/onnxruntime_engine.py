@@ -99,6 +99,10 @@ class OnnxRuntimeEngine:
         return self._bundle
 
     @property
+    def most_rows(self) -> None:
+        return None
+
+    @property
     def threads(self) -> int:
         return self._threads
 
@@ -152,6 +156,9 @@ class OnnxRuntimeEngine:
         for name, buffer in outputs.items():
             binding.bind_ortvalue_output(name, _own(role, buffer).value)
         return OnnxRuntimeCall(role, session, binding, (*buffers.values(), *outputs.values()))
+
+    def synchronize(self) -> None:
+        """Nothing: a run ends when its results are there."""
 
     def close(self) -> None:
         self._sessions.clear()

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from dspark_edge.engines.machine import probe_jetson, probe_nvidia_driver, probe_onnxruntime, probe_processor
+from dspark_edge.engines.machine import (
+    probe_jetson,
+    probe_nvidia_driver,
+    probe_onnxruntime,
+    probe_processor,
+    probe_tensorrt,
+)
 from dspark_edge.engines.onnxruntime_engine import PROVIDERS
 from dspark_edge.engines.records import Positive, Record, non_empty
 
@@ -23,6 +29,7 @@ __all__ = ["Device", "changes", "probe_device"]
 Text = Annotated[str, non_empty]
 
 _FINGERPRINT_DIGITS = 12
+_TENSORRT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # engine → module
 _CPUFREQ = "sys/devices/system/cpu/cpu{core}/cpufreq"
 
 
@@ -33,8 +40,8 @@ class Device(Record):
     processor: Text  # its model; the board or the architecture where it has no name
     gpu: Text | None  # None where the provider runs on the CPU
     cores: Positive  # usable by this process
-    provider: Text  # full name of the execution provider
-    engine: Text  # such as "onnxruntime"
+    provider: Text  # full name of the execution provider; of other engines their name
+    engine: Text  # "onnxruntime", "tensorrt" or "tensorrt-rtx"
     threads: Positive  # of each graph on the CPU
     governor: Text | None  # of the processor's clock: "performance", "schedutil", …
     max_clock_mhz: Positive | None  # what the governor may raise the clock to
@@ -49,10 +56,10 @@ class Device(Record):
 
 
 def probe_device(provider: str, threads: int | None = None, root: Path = Path("/")) -> Device:
-    """This machine, as ONNX Runtime uses it.
+    """This machine, as an engine uses it.
 
     Args:
-        provider: "cpu", "cuda", or an execution provider's full name.
+        provider: of ONNX Runtime "cpu", "cuda", or an execution provider's full name; or "tensorrt" or "tensorrt-rtx".
         threads: threads of each graph; None for all usable cores, as the engine takes it.
         root: where the system's files lie.
     """
@@ -61,18 +68,20 @@ def probe_device(provider: str, threads: int | None = None, root: Path = Path("/
     gpus = () if provider == PROVIDERS["cpu"] else probe_nvidia_driver(root).gpus
     clocks = [clock for text in _cpufreq(root, "scaling_max_freq") if (clock := _megahertz(text))]
     governors = sorted(set(_cpufreq(root, "scaling_governor")))
-    version = probe_onnxruntime().version
+    module = _TENSORRT.get(provider)
+    library = "onnxruntime" if module is None else module
+    version = probe_onnxruntime().version if module is None else probe_tensorrt(module).version
     return Device(
         processor=processor.model or (jetson.model if jetson else None) or processor.architecture or "unknown",
         gpu=gpus[0].name if gpus else None,
         cores=processor.usable_cores,
         provider=provider,
-        engine="onnxruntime",
-        threads=threads or processor.usable_cores,
+        engine="onnxruntime" if module is None else provider,
+        threads=threads or (processor.usable_cores if module is None else 1),
         governor=" and ".join(governors) or None,
         max_clock_mhz=max(clocks, default=None),
         power_mode=jetson.power_mode if jetson else None,
-        libraries={} if version is None else {"onnxruntime": version},
+        libraries={} if version is None else {library: version},
     )
 
 

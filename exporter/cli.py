@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from dspark_edge.engines.bundle import Bundle
+from dspark_edge.engines.opening import ENGINES, EngineChoice
 from dspark_edge.exporter.export import PRECISIONS, ExportOptions, export_bundle
 from dspark_edge.exporter.lowerings import LOWERINGS
 from dspark_edge.exporter.parity import compare_bundle, render
@@ -88,14 +89,31 @@ def export(target: str, drafter: str, output: Path, tokenizer: Path | None, over
 @_drafter_option
 @click.option("--text", type=click.Path(path_type=Path), help="A text file: compare perplexities on it, too.")
 @click.option("--text-tokens", type=int, default=4096, show_default=True, help="Most tokens of it that are read.")
+@click.option(
+    "--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True, help="What runs the graphs."
+)
+@click.option("--provider", help="Of ONNX Runtime: cpu, cuda, or a provider's full name.  [default: cpu]")
 @click.option("--json", "as_json", is_flag=True, help="The table as JSON.")
-def parity(bundle: Path, target: str, drafter: str, text: Path | None, text_tokens: int, as_json: bool) -> None:
+def parity(
+    bundle: Path,
+    target: str,
+    drafter: str,
+    text: Path | None,
+    text_tokens: int,
+    engine: str,
+    provider: str | None,
+    as_json: bool,
+) -> None:
     """Compare BUNDLE with its checkpoints in torch; exit code 1 if an output is over its tolerance."""
-    opened = Bundle.open(bundle)
+    choice, opened = EngineChoice(engine, provider), Bundle.open(bundle)
     token_ids = None if text is None else tokenize_file(opened, text, text_tokens)
     with _progress() as report:
-        result = compare_bundle(opened, target, drafter, report=report)
-        read = None if token_ids is None else compare_on_text(opened, target, drafter, token_ids, report=report)
+        result = compare_bundle(opened, target, drafter, engine_factory=choice.open, report=report)
+        read = (
+            None
+            if token_ids is None
+            else compare_on_text(opened, target, drafter, token_ids, engine_factory=choice.open, report=report)
+        )
     if as_json:
         about_text = {} if read is None else {"text": read.to_json()}
         click.echo(json.dumps({**result.to_json(), **about_text}, indent=2))

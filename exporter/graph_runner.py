@@ -56,7 +56,14 @@ class GraphRunner:
         return {spec.name: np.array(buffers[spec.name].read()) for spec in outputs}
 
     def extend(self, token_ids: HostArray) -> HostArray:
-        """Run the target on token_ids [B, W] behind the valid part of the caches: logits of all rows [B, W, V]."""
+        """Run the target on token_ids [B, W] behind the valid part of the caches: logits of all rows [B, W, V].
+
+        In several calls, where the engine gives fewer rows at once.
+        """
+        most = self.engine.most_rows
+        if most is not None and token_ids.shape[1] > most:
+            pieces = [token_ids[:, begin : begin + most] for begin in range(0, token_ids.shape[1], most)]
+            return np.concatenate([self.extend(piece) for piece in pieces], axis=1)
         batch, width = token_ids.shape
         rows = np.broadcast_to(np.arange(width), (batch, width))
         inputs = {"input_ids": token_ids, "cache_lengths": self.lengths, "logit_rows": rows}

@@ -17,7 +17,7 @@ from types import TracebackType
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import Engine
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.engines.profile_device import probe_device
+from dspark_edge.engines.opening import EngineChoice
 from dspark_edge.runtime.answer import Answer, Generation
 from dspark_edge.runtime.bit_exact import chunk_of, exact_width, whole_chunks
 from dspark_edge.runtime.calibration import Calibration
@@ -131,34 +131,34 @@ class Generator:
         verify_length: int | None = None,
         prefill_chunk: int | None = None,
         bit_exact: bool = False,
-        provider: str = "cpu",
+        engine: str = "onnxruntime",
+        provider: str | None = None,
         threads: int | None = None,
     ) -> Generator:
-        """Open a bundle and run it with ONNX Runtime.
+        """Open a bundle and run it.
 
         Args:
             path: the bundle's folder.
             mode, verify_length, prefill_chunk, bit_exact: see `GeneratorOptions`.
-            provider: "cpu", "cuda", or an ONNX Runtime provider's full name.
-            threads: threads on the CPU; None: all cores.
+            engine, provider, threads: see `EngineChoice`.
 
         Raises:
             BundleError, EngineError, InvalidInputError: see there; InvalidInputError also where mode is "scheduled"
                 and the bundle has no valid profile of this device.
         """
-        from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
-
         options = GeneratorOptions(mode, verify_length, prefill_chunk, bit_exact)
-        engine = OnnxRuntimeEngine(Bundle.open(path), provider, threads)
+        choice = EngineChoice(engine, provider, threads)
+        opened = choice.open(Bundle.open(path))
         try:
             scheduling = None
             if mode in (None, "scheduled") and verify_length is None:
-                device = probe_device(provider, engine.threads)
-                width = exact_width(engine.bundle.manifest) if bit_exact else None
-                scheduling = StreamScheduling.of_device(engine.bundle, device, needed=mode is not None, width=width)
-            return cls(engine, options, scheduling=scheduling)
+                width = exact_width(opened.bundle.manifest) if bit_exact else None
+                scheduling = StreamScheduling.of_device(
+                    opened.bundle, choice.device(), needed=mode is not None, width=width
+                )
+            return cls(opened, options, scheduling=scheduling)
         except BaseException:
-            engine.close()
+            opened.close()
             raise
 
     @property

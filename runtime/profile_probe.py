@@ -146,11 +146,18 @@ class EngineView:
     def bundle(self) -> Bundle:
         return self._engine.bundle
 
+    @property
+    def most_rows(self) -> int | None:
+        return self._engine.most_rows
+
     def allocate(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         return self._engine.allocate(dtype, shape)
 
     def bind(self, role: str, buffers: Mapping[str, Buffer]) -> Call:
         return self._engine.bind(role, buffers)
+
+    def synchronize(self) -> None:
+        self._engine.synchronize()
 
     def close(self) -> None:
         """Nothing: the engine behind it is not its own."""
@@ -169,22 +176,23 @@ class _MarkingEngine(EngineView):
 
     def __init__(self, engine: Engine, clock: Clock) -> None:
         super().__init__(engine)
-        self._clock = clock
+        self.clock = clock
         self.ended: dict[str, float] = {}  # role → time
 
     def bind(self, role: str, buffers: Mapping[str, Buffer]) -> Call:
-        return _MarkingCall(super().bind(role, buffers), role, self.ended, self._clock)
+        return _MarkingCall(super().bind(role, buffers), role, self)
 
 
 class _MarkingCall:
-    __slots__ = ("_clock", "_ended", "_role", "_run")
+    __slots__ = ("_engine", "_role", "_run")
 
-    def __init__(self, call: Call, role: str, ended: dict[str, float], clock: Clock) -> None:
-        self._run, self._role, self._ended, self._clock = call.run, role, ended, clock
+    def __init__(self, call: Call, role: str, engine: _MarkingEngine) -> None:
+        self._run, self._role, self._engine = call.run, role, engine
 
     def run(self) -> None:
         self._run()
-        self._ended[self._role] = self._clock()
+        self._engine.synchronize()
+        self._engine.ended[self._role] = self._engine.clock()
 
 
 def cache_noise(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -23,6 +23,7 @@ from dspark_edge.engines.manifest import QUANTIZED_PRECISIONS, Manifest
 from dspark_edge.engines.profile import graphs_digest
 from dspark_edge.engines.replace_file import replace_file, write_problem
 from dspark_edge.engines.tensorrt.flavour import Flavour
+from dspark_edge.engines.tensorrt.logs import make_log
 from dspark_edge.engines.tensorrt.network import GraphNetwork, parse_graph
 from dspark_edge.engines.tensorrt.profiles import BuildSizes, profiles_of
 from dspark_edge.engines.tensorrt.records import (
@@ -178,7 +179,7 @@ class _Builder:
         self._kinds = flavour.compute_capabilities(capabilities) if flavour.cross_builds else ()
         self._folder, self._report = folder, report
         self._timing_cache = options.timing_cache or folder / _TIMING_CACHE
-        self._log = _make_log(flavour.trt)
+        self._log = make_log(flavour.trt)
 
     def build(self, role: str) -> EngineFile:
         graph = self._manifest.graphs[role]
@@ -208,6 +209,9 @@ class _Builder:
             config.num_compute_capabilities = len(self._kinds)
             for index, kind in enumerate(self._kinds):
                 config.set_compute_capability(kind, index)
+        user_memory = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)  # of TensorRT for RTX
+        if user_memory is not None:
+            config.set_flag(user_memory)  # or its runs could not be captured as CUDA graphs
         if self._options.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self._options.workspace)
         cache = None
@@ -242,27 +246,6 @@ class _Builder:
             else ""
         )
         return f"{role}: {self._flavour.backend} {self._flavour.version} cannot build it: {text}{advice}"
-
-
-def _make_log(trt: Any) -> Any:
-    """A logger that keeps errors. Made here: its base class comes with the flavour."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self._errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self._errors.append(" ".join(message.split()))
-
-        def clear(self) -> None:
-            self._errors.clear()
-
-        def text(self) -> str:
-            return "; ".join(self._errors)
-
-    return Log()
 
 
 def _make_monitor(trt: Any, report: Callable[[float], None]) -> Any:

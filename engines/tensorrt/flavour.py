@@ -44,6 +44,11 @@ class Flavour:
         """Whether building measures kernels, which a timing cache then keeps."""
         return self.backend == "tensorrt"
 
+    @property
+    def compiles_late(self) -> bool:
+        """Whether kernels are compiled where an engine runs, which a runtime cache then keeps."""
+        return self.backend == "tensorrt-rtx"
+
     def check_lowering(self, lowering: str) -> None:
         """See that this release reads graphs of a lowering.
 

@@ -1,9 +1,10 @@
 """Conversations of two turns whose questions say more than one thing at a time, again on other subjects.
 
-python longer_conversations.py length-prompts.jsonl
+python longer_conversations.py lengthy.jsonl aside.jsonl
 
 People rarely ask in one short sentence, as most openings of `more_conversations.py` do: they set a scene, name
-conditions, paste a text. Put together by a seeded generator; none is a question of a benchmark.
+conditions, paste a text. Those in `aside.jsonl` are for the confidence head alone. Put together by a seeded generator;
+none is a question of a benchmark.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ Tanzania|the Netherlands|Austria|Pakistan|Cuba|Ethiopia|Norway|the Philippines|H
 """,
     "topic": """
 tides|earthquakes|magnetism|sleep|digestion|the immune system|friction|crystals|soil|coral reefs|memory|colour vision
-fermentation|glaciers|lightning|antibiotics|bird migration|radioactivity|the ozone layer|hormones|bridges and their loads
+fermentation|glaciers|lightning|antibiotics|bird migration|radioactivity|the ozone layer|hormones
+bridges and their loads
 rockets|electric motors|refrigerators|the nitrogen cycle|sound waves|stem cells|hurricanes|catalysts|fossil fuels
 """,
     "subject": """
@@ -66,7 +68,8 @@ a greenhouse full of orchids|a street market in the rain|a courtroom|a spaceship
 two colleagues do not speak to each other|a new employee makes many mistakes|the budget was cut by {percent} percent
 the neighbours play loud music every night|a friend never pays back what he borrows
 a customer wants a refund after a year|half of the volunteers have cancelled|my teenage son has stopped reading
-the team misses every deadline|two of my best employees want to leave|our regular supplier went bankrupt|the children argue about the computer
+the team misses every deadline|two of my best employees want to leave|our regular supplier went bankrupt
+the children argue about the computer
 """,
     "routine": """
 returns the longest common prefix of a list of strings|rotates a list by k places|validates an e-mail address
@@ -121,8 +124,8 @@ Subject: moving the workshop. Dear all, the workshop of March 4 moves to room 21
 broken. Mr. Okoro brings the projector, Ms. Lindqvist the handouts. We begin at 9:30 and end at 16:00. Please tell \
 Daniel by Monday if you want lunch. It costs 8 euros.
 Helsinki, Friday. The shipbuilder Norrvik has won an order for two ferries worth 310 million euros. The first shall \
-sail between Turku and Stockholm in 2026. Its chief executive Aino Mattila spoke of the largest order in ten years. The \
-union welcomed the news but warned that 200 welders are missing.
+sail between Turku and Stockholm in 2026. Its chief executive Aino Mattila spoke of the largest order in ten years. \
+The union welcomed the news but warned that 200 welders are missing.
 The novel "The Salt Road" by Ines Duarte, published in 1987, follows the surveyor Tomás through the desert. In "Winter \
 Orchard" (1994) by Paul Renner a family of fruit growers waits for a son. "Glass Harbour" by Mina Sato, 2003, is the \
 diary of a customs officer.
@@ -132,12 +135,12 @@ A blue whale's heart weighs about 180 kilograms and beats eight times a minute a
 dives. In 2019 researchers from Stanford attached a sensor to a whale in Monterey Bay and measured it for nine hours.
 In the second quarter the branch in Lyon sold 1,240 bicycles, 15 percent more than a year before. Gent sold 980, as \
 many as last year, and Porto 450, half as many, because the shop was closed in May. The most popular colour was green.
-The recipe asks for 300 g of lentils, two carrots, one onion and a litre of broth. Fry the onion, add the rest, and let \
-it simmer for forty minutes. Lemon juice comes last. It keeps for three days and serves four.
+The recipe asks for 300 g of lentils, two carrots, one onion and a litre of broth. Fry the onion, add the rest, and \
+let it simmer for forty minutes. Lemon juice comes last. It keeps for three days and serves four.
 Three reviews. First: a dull film with a brilliant ending. Second: I laughed, I cried, I would watch it again at once. \
 Third: the actors do what they can, but nobody can save this script.
-Long ago the river was the border of two kingdoms. Whoever wanted to cross had to pay a fish. One day a child came with \
-nothing but a song. The ferryman listened, forgot the fish, and rowed so slowly that the song could last.
+Long ago the river was the border of two kingdoms. Whoever wanted to cross had to pay a fish. One day a child came \
+with nothing but a song. The ferryman listened, forgot the fish, and rowed so slowly that the song could last.
 The experiment used 48 plants in four groups. Group A had light for 8 hours, B for 12, C for 16 and D for 20. After \
 six weeks the plants measured 11, 17, 24 and 22 cm on average. Two plants of group D died.
 """,
@@ -213,6 +216,7 @@ Suppose that I disagree. Convince me.|What do I need to know before I begin?|Tes
 Now do it without using the letter z.|Translate the main idea into a proverb.|And if it were the other way round?
 """
 COUNT = 640
+ASIDE = 100
 
 
 def main() -> None:
@@ -228,7 +232,8 @@ def main() -> None:
     prompts = list(found.values())
     source.shuffle(prompts)
     lines = [json.dumps({"domain": "chat", "turns": turns}) + "\n" for turns in prompts]
-    Path(sys.argv[1]).write_text("".join(lines), encoding="utf-8")
+    for path, part in zip(sys.argv[1:], (lines[:-ASIDE], lines[-ASIDE:]), strict=True):
+        Path(path).write_text("".join(part), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Which answers a part of the training takes, from all that there are.
 
-python pick.py second|third|fourth|confidence picked.jsonl responses.jsonl … [--unseen PICKED.jsonl]
+python pick.py second|third|fourth|fifth|confidence picked.jsonl responses.jsonl … [--unseen PICKED.jsonl]
 
 A file is known by what stands before `-responses`, the one without by `first`. What the part before left weak weighs
-most: in the second part functions to be completed and conversation, answered greedily; in the third and the fourth
-conversations of two turns, on other subjects each. Long sequences are mostly left out of the second, because their
+most: in the second part functions to be completed and conversation, answered greedily; in those after it conversations
+of two turns, on other subjects each. Long sequences are mostly left out of the second, because their
 features take the time of two short ones; the others have them, because a drafter is no better at a depth than what it
 has seen of it. The confidence head is trained on answers that no part has seen, since what a drafter knows by heart
-says nothing of its chances: `--unseen` names what the parts before have picked.
+says nothing of its chances: `--unseen` names what the parts before have picked, and what later ones shall leave to it.
 """
 
 from __future__ import annotations
@@ -86,12 +86,30 @@ PARTS = {
         longest=600,
         usually_long=600,
     ),
+    "fifth": Part(
+        {
+            ("lengthy", "chat", 0.0): 600e3,  # all there are, by turn
+            ("lengthy", "chat", 1.0): 100e3,
+            ("lengthy", "synthesised", 0.0): 100e3,
+            ("routine", "code", 0.0): 50e3,  # all there are
+            ("subject", "chat", 0.0): 40e3,
+            ("more", "chat", 0.0): 15e3,
+            ("library", "code", 0.0): 50e3,
+            ("function", "code", 0.0): 15e3,
+            ("boxed", "math", 0.0): 25e3,
+            ("first", "math", 0.0): 5e3,
+        },
+        longest=600,
+        usually_long=600,
+    ),
     "confidence": Part(
         {
             ("aside", "chat", 0.0): 200e3,
             ("problem", "math", 0.0): 50e3,
             ("library", "code", 0.0): 25e3,
             ("more", "code", 0.0): 10e3,
+            ("unseen", "chat", 0.0): 200e3,
+            ("unseen", "code", 0.0): 50e3,
         },
         longest=600,
         usually_long=600,

@@ -115,15 +115,16 @@ class BatchGenerator:
             BundleError, EngineError, InvalidInputError: see there; InvalidInputError also where mode is "scheduled"
                 and there are no costs.
         """
-        from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
+        from dspark_edge.engines.opening import EngineChoice
         from dspark_edge.runtime.batching.opening import assemble, device_costs
 
         # checked before a graph is read
         wanted = BatchOptions("static", None, slots, queue, prefill_chunk, execution, bit_exact)
-        engine = OnnxRuntimeEngine(Bundle.open(path), provider, threads)
+        choice = EngineChoice(provider=provider, threads=threads)
+        engine = choice.open(Bundle.open(path))
         try:
             if costs is None:
-                costs = device_costs(engine, mode, verify_length, provider)
+                costs = device_costs(engine.bundle, choice.device(), mode, verify_length)
             parts = assemble(engine, wanted, mode, verify_length, costs)
             return cls(parts.executor, PromptEncoder.of(engine.bundle), parts.options, parts.policy)
         except BaseException:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import Engine
-from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
-from dspark_edge.engines.profile_device import probe_device
+from dspark_edge.engines.profile_device import Device
 from dspark_edge.runtime.batching.executor import ModelExecutor, choose_grouping
 from dspark_edge.runtime.batching.grouping import Grouping, SingleGrouping
 from dspark_edge.runtime.batching.options import BatchOptions
@@ -30,14 +30,14 @@ class Parts:
 
 
 def device_costs(
-    engine: OnnxRuntimeEngine, mode: str | None, verify_length: int | None, provider: str
+    bundle: Bundle, device: Device, mode: str | None, verify_length: int | None
 ) -> Mapping[str, Costs] | None:
     """What calls cost here by the bundle's profile, where a mode asks for it.
 
     Args:
-        engine: with the bundle.
+        bundle: has the profile.
+        device: it runs on.
         mode, verify_length: see `BatchGenerator.open`.
-        provider: as the engine was opened with; it is part of a device.
 
     Raises:
         BundleError: the profile is damaged.
@@ -45,7 +45,7 @@ def device_costs(
     """
     if mode not in (None, "scheduled") or verify_length is not None:
         return None
-    return profiled_costs(engine.bundle, probe_device(provider, engine.threads), needed=mode is not None)
+    return profiled_costs(bundle, device, needed=mode is not None)
 
 
 def assemble(

@@ -95,7 +95,7 @@ def make_report(
     Args:
         cells: in any order.
         options: how they were measured.
-        engine: more settings to name, such as the provider.
+        engine: more settings to name, such as the engine.
         interrupted: whether cells are missing.
         notes: warnings of whoever measured.
     """
@@ -141,7 +141,7 @@ def render_html(report: BenchReport) -> str:
     settings = report.settings
     facts = (
         f"{settings['max_new_tokens']} new tokens, {settings['repeats']} repeats that take turns, "
-        f"{settings.get('threads')} threads, {settings.get('provider', '')}; {report.machine['processor'] or '?'}"
+        f"{settings.get('threads')} threads, {settings.get('engine', '')}; {report.machine['processor'] or '?'}"
     )
     data = report.to_json()
     names = ("settings", "versions", "machine", "measured_at")

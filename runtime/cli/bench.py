@@ -12,12 +12,12 @@ import click
 
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
-from dspark_edge.engines.profile_device import probe_device
+from dspark_edge.engines.opening import EngineChoice
+from dspark_edge.engines.profile_device import Device
 from dspark_edge.runtime.bench.bench import RANDOM_DOMAIN, Bench, prompts_by_domain, random_prompts
 from dspark_edge.runtime.bench.report import BenchReport, make_report, render_html, tables
 from dspark_edge.runtime.bench.settings import BenchOptions, parse_mode
-from dspark_edge.runtime.cli.options import counting, numbers, whole_numbers
+from dspark_edge.runtime.cli.options import backend_options, counting, engine_choice, numbers, whole_numbers
 from dspark_edge.runtime.encoding import Prompt
 from dspark_edge.runtime.prompts import read_prompt_records
 from dspark_edge.runtime.reporting.html_page import check_page_path, write_page
@@ -28,12 +28,10 @@ from dspark_edge.runtime.scheduling import Costs
 __all__ = ["bench"]
 
 
-def _costs(
-    bundle: Bundle, engine: OnnxRuntimeEngine, provider: str, options: BenchOptions
-) -> Mapping[str, Costs] | None:
+def _costs(bundle: Bundle, device: Device, options: BenchOptions) -> Mapping[str, Costs] | None:
     if all(mode.name != "scheduled" for mode in options.modes):
         return None
-    return profiled_costs(bundle, probe_device(provider, engine.threads), needed=True)
+    return profiled_costs(bundle, device, needed=True)
 
 
 def _measure(
@@ -41,20 +39,16 @@ def _measure(
     bundles: Sequence[Path],
     prompts: Mapping[str, Sequence[Prompt]],
     random: int,
-    provider: str,
-    threads: int | None,
-) -> int:
-    """Measure bundle after bundle. Returns the threads."""
+    choice: EngineChoice,
+) -> None:
+    """Measure bundle after bundle."""
     bench.plan(len(bundles), len(prompts) + (random > 0))
-    used = 0
     for path in bundles:
-        with OnnxRuntimeEngine(Bundle.open(path), provider, threads) as engine:
-            used = engine.threads
+        with choice.open(Bundle.open(path)) as engine:
             asked = dict(prompts)
             if random:
                 asked[RANDOM_DOMAIN] = [*random_prompts(engine.bundle.manifest, random, bench.options.seed)]
-            bench.measure(path.name, engine, asked, _costs(engine.bundle, engine, provider, bench.options))
-    return used
+            bench.measure(path.name, engine, asked, _costs(engine.bundle, choice.device(), bench.options))
 
 
 def _show(report: BenchReport, as_json: bool) -> None:
@@ -88,8 +82,7 @@ def _show(report: BenchReport, as_json: bool) -> None:
 @click.option("--repeats", type=int, default=3, show_default=True, help="Runs of each; medians are of these.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take only the first prompts of each domain.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Equal seeds ask for equal draws.")
-@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, or a provider's full name.")
-@click.option("--threads", type=int, help="Threads on the CPU.  [default: all cores]")
+@backend_options
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE.html", help="Write the report as a page.")
 def bench(
@@ -98,8 +91,6 @@ def bench(
     random: int,
     modes: str,
     limit: int | None,
-    provider: str,
-    threads: int | None,
     as_json: bool,
     html: Path | None,
     **given: Any,
@@ -109,6 +100,7 @@ def bench(
     Several bundles, such as one of each precision, are measured one after the other. Interrupted (Ctrl-C), it reports
     what it has. Exit code 1 if a greedy answer in fp32 is not the one of plain decoding.
     """
+    choice = engine_choice(given)
     options = BenchOptions(modes=tuple(parse_mode(mode) for mode in modes.split(",") if mode.strip()), **given)
     if prompts is None and not random:
         raise InvalidInputError("there is nothing to answer: give --prompts FILE.jsonl, or --random 8, or both")
@@ -116,13 +108,14 @@ def bench(
     if html is not None:
         check_page_path(html)
     interrupted = False
-    facts: dict[str, Any] = {"provider": provider, "bundles": [str(path) for path in bundles]}
+    facts: dict[str, Any] = {"engine": choice.name, "bundles": [str(path) for path in bundles]}
+    facts["threads"] = choice.device().threads
     facts["prompts"] = {domain: len(of_domain) for domain, of_domain in domains.items()}
     facts["prompts_file"] = prompts.name if prompts is not None else None
     with counting("runs") as progress:
         measured = Bench(options, progress)
         try:
-            facts["threads"] = _measure(measured, bundles, domains, random, provider, threads)
+            _measure(measured, bundles, domains, random, choice)
         except KeyboardInterrupt:
             if not measured.cells:
                 raise

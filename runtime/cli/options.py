@@ -10,13 +10,16 @@ from typing import Any
 import click
 
 from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.engines.opening import ENGINES, EngineChoice
 from dspark_edge.runtime.cli import waiting
 from dspark_edge.runtime.generator import MODES, Generator
 from dspark_edge.runtime.sampling import SamplingParams
 
 __all__ = [
+    "backend_options",
     "bundle_argument",
     "counting",
+    "engine_choice",
     "engine_options",
     "numbers",
     "open_generator",
@@ -40,6 +43,20 @@ def _combine(options: list[Decorator]) -> Decorator:
     return decorate
 
 
+backend_options = _combine(
+    [
+        click.option(
+            "--engine",
+            type=click.Choice(ENGINES),
+            default="onnxruntime",
+            show_default=True,
+            help="What runs the graphs; TensorRT's engines are built by `dspark-edge build`.",
+        ),
+        click.option("--provider", help="Of ONNX Runtime: cpu, cuda, or a provider's full name.  [default: cpu]"),
+        click.option("--threads", type=int, help="Threads on the CPU.  [default: all cores]"),
+    ]
+)
+
 engine_options = _combine(
     [
         click.option(
@@ -55,8 +72,7 @@ engine_options = _combine(
             is_flag=True,
             help="The same answer to the last bit, however it is decoded; plain steps are as dear as verifications.",
         ),
-        click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, or a provider's full name."),
-        click.option("--threads", type=int, help="Threads on the CPU.  [default: all cores]"),
+        backend_options,
     ]
 )
 
@@ -121,9 +137,14 @@ def whole_numbers(context: click.Context, parameter: click.Parameter, text: str 
 
 def open_generator(bundle: Path, given: dict[str, Any]) -> Generator:
     """Open a bundle with the values of `engine_options`, which are taken out of `given`."""
-    names = ("mode", "verify_length", "prefill_chunk", "bit_exact", "provider", "threads")
+    names = ("mode", "verify_length", "prefill_chunk", "bit_exact", "engine", "provider", "threads")
     with waiting("loading the bundle"):
         return Generator.open(bundle, **{name: given.pop(name) for name in names})
+
+
+def engine_choice(given: dict[str, Any]) -> EngineChoice:
+    """The values of `backend_options`, which are taken out of `given`."""
+    return EngineChoice(**{name: given.pop(name) for name in ("engine", "provider", "threads")})
 
 
 def sampling_params(given: dict[str, Any]) -> SamplingParams:

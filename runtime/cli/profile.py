@@ -14,12 +14,12 @@ import click
 
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.errors import BundleError, InvalidInputError, MissingDependencyError
-from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
+from dspark_edge.engines.opening import EngineChoice
 from dspark_edge.engines.profile import SAMPLER_ROLES, Profile, check_writable, profile_name, stale_reasons
-from dspark_edge.engines.profile_device import Device, probe_device
+from dspark_edge.engines.profile_device import Device
 from dspark_edge.engines.replace_file import replace_file
 from dspark_edge.runtime.cli import waiting
-from dspark_edge.runtime.cli.options import bundle_argument, whole_numbers
+from dspark_edge.runtime.cli.options import backend_options, bundle_argument, engine_choice, whole_numbers
 from dspark_edge.runtime.profiling import plan_profile, profile_engine, usual_batches
 from dspark_edge.runtime.reporting.html_page import check_file_path, require_matplotlib
 
@@ -196,23 +196,23 @@ def _write_picture(profile: Profile, picture: Path | None, beside: Path) -> Path
     return target
 
 
-def _measure(bundle: Bundle, provider: str, threads: int | None, given: Mapping[str, Any]) -> Profile:
+def _measure(bundle: Bundle, choice: EngineChoice, given: Mapping[str, Any]) -> Profile:
     budget_s = _BUDGET_S if given["budget"] is None else given["budget"]
     # Elsewhere batches are decoded by other means than windows on the host's memory.
-    batches = given["batches"] or (usual_batches(bundle.manifest) if provider == "cpu" else ())
+    batches = given["batches"] or (usual_batches(bundle.manifest) if choice.on_cpu else ())
     plan = plan_profile(bundle.manifest, given["widths"], given["contexts"], batches, budget_s)
-    with OnnxRuntimeEngine(bundle, provider, threads) as engine, _progress() as progress:
-        device = probe_device(provider, engine.threads)
+    with choice.open(bundle) as engine, _progress() as progress:
+        device = choice.device()
         check_writable(bundle, device)
         return profile_engine(engine, plan, device, progress)
 
 
-def _stored(bundle: Bundle, provider: str, threads: int | None, given: Mapping[str, Any]) -> tuple[Profile, Device]:
+def _stored(bundle: Bundle, choice: EngineChoice, given: Mapping[str, Any]) -> tuple[Profile, Device]:
     """The bundle's profile of this device, and the device as it is now."""
     if unused := [f"--{name}" for name, value in given.items() if value]:
         raise InvalidInputError(f"--show measures nothing, so {', '.join(unused)} would do nothing; leave it out")
     with waiting("reading the profile"):
-        device = probe_device(provider, threads)
+        device = choice.device()
         profile = Profile.load(bundle, device)
     if profile is None:
         raise BundleError(
@@ -235,8 +235,7 @@ def _warnings(profile: Profile, device: Device, bundle: Bundle) -> Iterator[str]
 
 @click.command(no_args_is_help=True)
 @bundle_argument
-@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, or a provider's full name.")
-@click.option("--threads", type=int, help="Threads on the CPU.  [default: all cores]")
+@backend_options
 @click.option(
     "--widths", callback=whole_numbers, metavar="1,2,4", help="Tokens a call; 1 and γ + 1 are always measured."
 )
@@ -257,8 +256,6 @@ def _warnings(profile: Profile, device: Device, bundle: Bundle) -> Iterator[str]
 @click.option("--json", "as_json", is_flag=True, help="The profile as JSON on stdout.")
 def profile(
     bundle: Path,
-    provider: str,
-    threads: int | None,
     picture: Path | None,
     show: bool,
     as_json: bool,
@@ -268,16 +265,16 @@ def profile(
 
     Takes about a minute on an idle machine. Nothing is written before all is measured.
     """
-    opened = Bundle.open(bundle)
+    choice, opened = engine_choice(given), Bundle.open(bundle)
     if picture is not None:
         _check_picture(picture)
     if show:
-        measured, device = _stored(opened, provider, threads, given)
+        measured, device = _stored(opened, choice, given)
         path, drawn = opened.path / profile_name(device), None
         if picture is not None:
             drawn = _write_picture(measured, picture, path)
     else:
-        measured = _measure(opened, provider, threads, given)
+        measured = _measure(opened, choice, given)
         device, path = measured.device, measured.save(opened)
         drawn = _write_picture(measured, picture, path)
     if as_json:

@@ -110,27 +110,6 @@ def test_a_sequence_that_comes_twice_is_kept_once(
     expect_features(store, target, again)
 
 
-def test_what_another_sequence_begins_with_is_not_kept_again(
-    target: TargetModel, examples: list[Example], make_store: MakeStore, computed: list[int]
-) -> None:
-    whole = examples[-1]
-    turns = [Example(whole.token_ids[:end], 2, "a", "7", True) for end in (6, 11)]
-    chosen = [turns[0], *examples, turns[1]]
-    store = make_store(chosen=chosen)
-    assert store.tokens == sum(LENGTHS) and store.cached == len(LENGTHS)
-    store.fill()
-    assert sorted(computed) == sorted(LENGTHS)
-    assert store.load(0).hidden.shape == (6, 96)
-    expect_features(store, target, chosen)
-
-
-def test_of_sequences_that_branch_each_whole_one_is_found() -> None:
-    found = module._wholes({b"a", b"ab", b"abc", b"abd", b"b", b"ca", b"cab"})
-    assert {ids: found[ids] for ids in (b"abc", b"abd", b"b", b"cab")} == {x: x for x in (b"abc", b"abd", b"b", b"cab")}
-    assert found[b"a"] == found[b"ab"] == b"abc" and found[b"ca"] == b"cab"
-    assert module._wholes(set()) == {}
-
-
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "cache").iterdir()}
 

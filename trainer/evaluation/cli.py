@@ -12,9 +12,8 @@ import click
 from rich.console import Console
 
 from dspark_edge.engines.bundle import Bundle
-from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.runtime.calibration import Calibration, Fit
-from dspark_edge.runtime.cli.options import bundle_argument, counting
+from dspark_edge.runtime.cli.options import backend_options, bundle_argument, counting, engine_choice
 from dspark_edge.runtime.prompts import PromptRecord, read_prompt_records
 from dspark_edge.runtime.reporting.html_page import check_page_path, write_page
 from dspark_edge.runtime.reporting.text_table import TextTable, number, print_table, share, table_console
@@ -35,8 +34,6 @@ _prompts_option = click.option(
 _limit_option = click.option("--limit", type=click.IntRange(min=1), help="Take only the first prompts.")
 _tokens_option = click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Of an answer.")
 _seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Equal seeds give equal answers.")
-_provider_option = click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, or a full name.")
-_threads_option = click.option("--threads", type=int, help="Threads on the CPU.  [default: all cores]")
 
 
 def _read_prompts(path: Path, limit: int | None) -> list[PromptRecord]:
@@ -65,8 +62,7 @@ def _show_report(report: EvaluationReport, console: Console) -> None:
 @_tokens_option
 @click.option("--verify-length", type=int, help="Draft tokens verified a round.  [default: the block]")
 @_limit_option
-@_provider_option
-@_threads_option
+@backend_options
 @click.option("--no-plain", is_flag=True, help="Leave out plain decoding: no speed-up, no comparison of tokens.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE.html", help="Write the report as a page.")
@@ -74,8 +70,6 @@ def evaluate_command(
     bundle: Path,
     prompts: Path,
     limit: int | None,
-    provider: str,
-    threads: int | None,
     no_plain: bool,
     as_json: bool,
     html: Path | None,
@@ -85,13 +79,14 @@ def evaluate_command(
 
     Exit code 1 if an answer at temperature 0 is not the one of plain decoding.
     """
+    choice = engine_choice(given)
     options = EvaluationOptions(plain=not no_plain, **given)
     records = _read_prompts(prompts, limit)
     if html is not None:
         check_page_path(html)
-    with OnnxRuntimeEngine(Bundle.open(bundle), provider, threads) as engine, counting("prompts") as progress:
+    with choice.open(Bundle.open(bundle)) as engine, counting("prompts") as progress:
         evaluation = evaluate(engine, records, options, progress)
-        facts = {"prompts_file": prompts.name, "provider": provider, "threads": engine.threads}
+        facts = {"prompts_file": prompts.name, "engine": choice.name, "threads": choice.device().threads}
         report = make_report(evaluation, engine.bundle, records, options, facts)
     if html is not None:
         write_page(html, render_html(report))
@@ -145,8 +140,7 @@ def _thin_positions(calibration: Calibration) -> Iterator[str]:
 @_seed_option
 @_tokens_option
 @_limit_option
-@_provider_option
-@_threads_option
+@backend_options
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -158,8 +152,6 @@ def calibrate_command(
     bundle: Path,
     prompts: Path,
     limit: int | None,
-    provider: str,
-    threads: int | None,
     work: Path | None,
     as_json: bool,
     **given: Any,
@@ -168,11 +160,12 @@ def calibrate_command(
 
     Take prompts that nothing is evaluated on. A run that was killed goes on where it stopped.
     """
+    choice = engine_choice(given)
     options = CalibrationOptions(**given)
     records = _read_prompts(prompts, limit)
     opened = Bundle.open(bundle)
     check_calibratable(opened)
-    with OnnxRuntimeEngine(opened, provider, threads) as engine, counting("answers") as progress:
+    with choice.open(opened) as engine, counting("answers") as progress:
         calibration = calibrate(engine, records, options, work=work, report=progress)
     if as_json:
         click.echo(json.dumps(calibration.to_json(), indent=2))

@@ -31,7 +31,7 @@ def render_html(report: EvaluationReport) -> str:
     facts = (
         f"{settings['prompts']} prompts, temperature {settings['temperature']:g}, {settings['max_new_tokens']} new "
         f"tokens, {settings['verify_length']} of {bundle['block_size']} drafts verified; {bundle['precision']}, "
-        f"lowering {bundle['lowering']}, {settings.get('provider', '')}, {report.machine['processor'] or 'processor?'}"
+        f"lowering {bundle['lowering']}, {settings.get('engine', '')}, {report.machine['processor'] or 'processor?'}"
     )
     overall = (
         f"Accepted length τ {number(report.overall.accepted_length)}, {share(report.overall.acceptance_rate)} of the "

@@ -92,7 +92,7 @@ def make_report(
         bundle: what gave them.
         records: the prompts.
         options: how they were answered.
-        engine: more settings to name, such as the provider.
+        engine: more settings to name, such as the engine.
     """
     calibrated = evaluation.calibration is not None
     names = dict.fromkeys(record.domain for record in records)

@@ -13,8 +13,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.errors import InvalidInputError, MissingDependencyError
-from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
+from dspark_edge.engines.opening import EngineChoice
 from dspark_edge.runtime.chat_template import ChatTemplate
+from dspark_edge.runtime.cli.options import backend_options, engine_choice
 from dspark_edge.runtime.generator import Generator
 from dspark_edge.runtime.prompts import PromptRecord, read_prompt_records
 from dspark_edge.runtime.tokenizer import Tokenizer
@@ -79,17 +80,14 @@ def _progress() -> Iterator[Report]:
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of all other responses.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--wave", type=int, help="Sequences decoded together.  [default: 32, or what the bundle decodes at most]")
-@click.option("--provider", default="cpu", show_default=True, help="Where the bundle's graphs run.")
-@click.option("--threads", type=int, help="Threads.  [default: all cores]")
+@backend_options
 def respond(
     bundle_path: Path,
     prompts: Path | None,
     output: Path,
     target: str | None,
     device: str,
-    provider: str,
     samples: tuple[str, ...],
-    threads: int | None,
     wave: int | None,
     max_length: int | None,
     **given: Any,
@@ -97,8 +95,9 @@ def respond(
     """Write the target's own answers to prompts, for a drafter to learn from. Started again, it goes on."""
     if prompts is None and not given["synthesise"]:
         raise InvalidInputError("nothing to answer: give --prompts, --synthesise or both")
-    if threads is not None and threads < 1:
-        raise InvalidInputError(f"threads is {threads}, expected at least 1")
+    choice = engine_choice(given)
+    if choice.threads is not None and choice.threads < 1:
+        raise InvalidInputError(f"threads is {choice.threads}, expected at least 1")
     if max_length is not None and max_length < 2:
         raise InvalidInputError(f"max_length is {max_length}, expected at least 2 tokens")
     bundle = Bundle.open(bundle_path)
@@ -114,7 +113,7 @@ def respond(
     longest = limits.capacity if max_length is None else min(max_length, limits.capacity)
     script = Script(records, settings, tokenizer, template, longest, _identity(bundle, target), vocab_size)
     with ExitStack() as stack:
-        responder = _responder(stack, bundle, target, device, provider, threads)
+        responder = _responder(stack, bundle, target, device, choice)
         report = stack.enter_context(_progress())
         lines = write_responses(script, responder, output, report)
     skipped = f"; {script.skipped} were too long and left out" if script.skipped else ""
@@ -131,12 +130,10 @@ def _wave(bundle: Bundle, target: str | None, given: int | None) -> int:
     return min(_WAVE, most) if given is None else given
 
 
-def _responder(
-    stack: ExitStack, bundle: Bundle, target: str | None, device: str, provider: str, threads: int | None
-) -> Responder:
+def _responder(stack: ExitStack, bundle: Bundle, target: str | None, device: str, choice: EngineChoice) -> Responder:
     if target is not None:
-        return _torch_responder(bundle, target, device, threads)
-    engine = stack.enter_context(OnnxRuntimeEngine(bundle, provider, threads))
+        return _torch_responder(bundle, target, device, choice.threads)
+    engine = stack.enter_context(choice.open(bundle))
     return GeneratorResponder(Generator(engine)) if bundle.manifest.limits.max_batch == 1 else BatchResponder(engine)
 
 

@@ -74,17 +74,6 @@ def features_of(target: TargetModel, examples: Sequence[Example], taps: Sequence
     return found
 
 
-def _wholes(sequences: set[bytes]) -> dict[bytes, bytes]:
-    """For each sequence one that begins with it and that no other continues; itself, if none does."""
-    whole: dict[bytes, bytes] = {}
-    follower = b""
-    # In this order those that begin with a sequence stand right before it.
-    for ids in sorted(sequences, reverse=True):
-        whole[ids] = whole[follower] if follower.startswith(ids) else ids
-        follower = ids
-    return whole
-
-
 class FeatureStore:
     """Features of a list of sequences, from the cache or from the target.
 
@@ -104,23 +93,19 @@ class FeatureStore:
         hidden = target.config.hidden_size
         self._width = (len(taps) + 1) * hidden
         self.bytes_per_token = 2 * self._width + 4
-        # What is given more than once, to weigh more, and what another sequence begins with, as the first turn of a
-        # conversation, is computed and kept once.
-        whole = _wholes({example.token_ids.tobytes() for example in examples})
+        # A sequence that is given more than once, to weigh more, is computed and kept once.
         distinct: dict[bytes, Example] = {}
         for example in examples:
-            ids = example.token_ids.tobytes()
-            if whole[ids] == ids:
-                distinct.setdefault(ids, example)
+            distinct.setdefault(example.token_ids.tobytes(), example)
         places = {ids: place for place, ids in enumerate(distinct)}
-        self._places = [places[whole[example.token_ids.tobytes()]] for example in examples]
+        self._places = [places[example.token_ids.tobytes()] for example in examples]
         self._distinct = list(distinct.values())
         offsets = np.concatenate(([0], np.cumsum([len(example) for example in self._distinct])))
         # Sequences that fit, from the first on.
         self.cached = int(np.searchsorted(offsets * self.bytes_per_token, max(0, budget), side="right")) - 1
         self._offsets = offsets
         self.tokens = int(offsets[self.cached])
-        digest = f"{hash_examples(examples)} {target.fingerprint()} {self._taps} {self.cached} {self.tokens}"
+        digest = f"{hash_examples(examples)} {target.fingerprint()} {self._taps} {self.cached}"
         self._digest = hashlib.sha256(digest.encode()).hexdigest()
         self._states: np.memmap | None = None
         self._normalizers: np.memmap | None = None
@@ -175,8 +160,7 @@ class FeatureStore:
             return features_of(self._target, [self._examples[index]], self._taps)[0].stored()
         if self._states is None or self._normalizers is None:
             raise RuntimeError("the cache is read before it is filled")
-        first = int(self._offsets[place])
-        rows = slice(first, first + len(self._examples[index]))  # of a longer one it is the beginning
+        rows = slice(int(self._offsets[place]), int(self._offsets[place + 1]))
         states = torch.from_numpy(np.array(self._states[rows]))
         split = self._width - self._target.config.hidden_size
         return Features(states[:, :split], states[:, split:], torch.from_numpy(np.array(self._normalizers[rows])))
