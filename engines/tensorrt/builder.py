@@ -185,7 +185,7 @@ class _Builder:
         graph = self._manifest.graphs[role]
         network = parse_graph(self._flavour, self._log, role, graph, self._bundle.graph_path(role))
         network.check()
-        profiles = profiles_of(role, self._manifest, self._options.sizes)
+        profiles = profiles_of(role, self._manifest, self._options.sizes, compiles_late=self._flavour.compiles_late)
         # There are kernels for whole attention in half precision only, and not for every head size.
         decomposed = self._manifest.precision not in _HALF and network.decompose_attention() > 0
         plan = self._plan(network, profiles)

@@ -149,6 +149,10 @@ class Stream:
     def to_host(self, memory: HostMemory, pointer: int) -> int:
         return self._copy(memory.pointer, pointer, memory.bytes.nbytes, self._kinds.cudaMemcpyDeviceToHost)
 
+    def on_device(self, to: int, source: int, size: int) -> int:
+        """Copy bytes within the device."""
+        return self._copy(to, source, size, self._kinds.cudaMemcpyDeviceToDevice)
+
     def wait(self, number: int) -> None:
         """Wait until a piece of work is done, which takes no time where it is known to be."""
         if number > self._done:
@@ -181,6 +185,22 @@ class Stream:
 
     def destroy(self, graph: CudaGraph) -> None:
         self._cuda._call("cudaGraphExecDestroy", graph.executable)
+
+    def mark(self) -> Any:
+        """An event behind what has been put into the stream; for `elapsed_s`."""
+        event = self._cuda._call("cudaEventCreate")
+        self._cuda._call("cudaEventRecord", event, self._handle)
+        self.add()
+        return event
+
+    def elapsed_s(self, first: Any, second: Any) -> float:
+        """Seconds of the device between two marks, which are used up."""
+        call = self._cuda._call
+        call("cudaEventSynchronize", second)
+        milliseconds = call("cudaEventElapsedTime", first, second)
+        for event in (first, second):
+            call("cudaEventDestroy", event)
+        return float(milliseconds) / 1000
 
     def close(self) -> None:
         self._cuda._call("cudaStreamDestroy", self._handle)

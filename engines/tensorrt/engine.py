@@ -201,6 +201,15 @@ class TensorRTEngine:
         return self._bundle
 
     @property
+    def stream(self) -> Stream:
+        """What all work is put into."""
+        return self._stream
+
+    @property
+    def cuda(self) -> Cuda:
+        return self._cuda
+
+    @property
     def most_rows(self) -> int:
         return self._record.sizes.widest
 

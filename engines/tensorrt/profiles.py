@@ -10,7 +10,9 @@ A graph runs in a few ways that differ in shape, and each gets a profile of its 
 | drafter | `draft` | 1 … most | | |
 | samplers | `accept` | 1 … most | | 1 … widest |
 
-Kernels of `decode` and `verify` are chosen for one sequence, which is what devices at the edge decode.
+Kernels of `decode` and `verify` are chosen for one sequence, which is what devices at the edge decode. Where kernels
+are compiled for the shapes that come (TensorRT for RTX), there is no `decode`, and `verify` begins at width 1: one for
+itself would only put the target's weights into the engine a second time, in the order that its kernels like.
 """
 
 from __future__ import annotations
@@ -89,16 +91,26 @@ def resolve_sizes(
     return BuildSizes(batch, chunk, chosen)
 
 
-def profiles_of(role: str, manifest: Manifest, sizes: BuildSizes) -> tuple[ShapeProfile, ...]:
-    """The optimisation profiles of a graph; with one width, a target has no `verify`."""
+def profiles_of(
+    role: str, manifest: Manifest, sizes: BuildSizes, *, compiles_late: bool = False
+) -> tuple[ShapeProfile, ...]:
+    """The optimisation profiles of a graph; with one width, a target has no `verify`.
+
+    Args:
+        compiles_late: whether kernels are compiled where the engine runs, for the shapes that come.
+    """
     batch, widest = sizes.max_batch, sizes.widest
     block, candidates = manifest.drafter.block_size, max(1, manifest.drafter.candidates)
     if role == "target":
         chunk = sizes.prefill_chunk
         prefill = ShapeProfile("prefill", _target(1, 1, 1), _target(1, chunk, 1), _target(1, chunk, 1))
         decode = ShapeProfile("decode", _target(1, 1, 1), _target(1, 1, 1), _target(batch, 1, 1))
-        verify = ShapeProfile("verify", _target(1, 2, 2), _target(1, widest, widest), _target(batch, widest, widest))
-        return (prefill, decode, verify) if widest > 1 else (prefill, decode)
+        if widest == 1:
+            return prefill, decode
+        common, most = _target(1, widest, widest), _target(batch, widest, widest)
+        if compiles_late:
+            return prefill, ShapeProfile("verify", _target(1, 1, 1), common, most)
+        return prefill, decode, ShapeProfile("verify", _target(1, 2, 2), common, most)
     if role == "drafter":
         return (ShapeProfile("draft", {"batch": 1}, {"batch": 1}, {"batch": batch}),)
     least = {"batch": 1, "rows": 1, "block": 1, "candidates": 1}

@@ -47,7 +47,7 @@ class EmulatedRuntime:
         cudaDevAttrComputeCapabilityMinor="minor",
         cudaDevAttrIntegrated="integrated",
     )
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def __init__(self, capability: tuple[int, int] = (8, 7), integrated: bool = False, memory: int = 1 << 30) -> None:
@@ -155,6 +155,23 @@ class EmulatedRuntime:
     def cudaGraphLaunch(self, executable: tuple[Callable[[], None], ...], stream: int) -> tuple[Any, ...]:
         for work in executable:
             self.put(work)
+        return (Status.cudaSuccess,)
+
+    def cudaEventCreate(self) -> tuple[Any, ...]:
+        return Status.cudaSuccess, [0]
+
+    def cudaEventRecord(self, event: list[int], stream: int) -> tuple[Any, ...]:
+        self.put(lambda: event.__setitem__(0, self.calls["cudaEventRecord"]))
+        return (Status.cudaSuccess,)
+
+    def cudaEventSynchronize(self, event: list[int]) -> tuple[Any, ...]:
+        self._work()
+        return (Status.cudaSuccess,)
+
+    def cudaEventElapsedTime(self, first: list[int], second: list[int]) -> tuple[Any, ...]:
+        return Status.cudaSuccess, 0.5  # milliseconds
+
+    def cudaEventDestroy(self, event: list[int]) -> tuple[Any, ...]:
         return (Status.cudaSuccess,)
 
     def cudaGetErrorString(self, status: Status) -> tuple[Any, ...]:
@@ -312,7 +329,7 @@ def emulate(
     for role in bundle.manifest.graphs:
         data = json.dumps({"role": role}).encode()
         (folder / f"{role}.engine").write_bytes(data)
-        profiles = profiles_of(role, bundle.manifest, sizes)
+        profiles = profiles_of(role, bundle.manifest, sizes, compiles_late=backend == "tensorrt-rtx")
         engines[role] = EngineFile(f"{role}.engine", len(data), "0" * 64, profiles, True)
     record = EngineRecord(
         schema_version=SCHEMA_VERSION,

@@ -152,13 +152,14 @@ def test_what_cannot_be_captured_is_enqueued(bundle: Bundle, how: str) -> None:
         assert gpu.calls["cudaStreamBeginCapture"] == (how == "fails")
 
 
-def test_calls_of_a_profile_take_turns_in_its_context(bundle: Bundle) -> None:
-    engine, _, trt = open_engine(bundle)
+@pytest.mark.parametrize(("backend", "contexts"), [("tensorrt", 2), ("tensorrt-rtx", 1)])
+def test_calls_of_a_profile_take_turns_in_its_context(bundle: Bundle, backend: str, contexts: int) -> None:
+    engine, _, trt = open_engine(bundle, backend=backend)
     with engine:
         wide, wide_buffers = bind_target(engine, 4)
         narrow, narrow_buffers = bind_target(engine, 2)
         single, _ = bind_target(engine, 1)
-        assert len(trt.contexts) == 2  # rows 1: both of the prefill profile, the last of decoding's
+        assert len(trt.contexts) == contexts  # one row: `prefill` and `decode`; `verify` takes all of them
         results = []
         for call, buffers in ((wide, wide_buffers), (narrow, narrow_buffers), (wide, wide_buffers)):
             buffers["input_ids"].write([[9, 8, 7, 6][: buffers["input_ids"].shape[1]]])

@@ -63,6 +63,10 @@ def test_each_way_of_running_a_target_has_a_profile(bundle: Bundle) -> None:
     assert verify.shapes(rows) == ((1, 2), (1, 4), (2, 4))
     assert prefill.shapes(rows) == ((1, 1), (1, 1), (1, 1))
     assert len(profiles_of("target", bundle.manifest, BuildSizes(1, 16, (1,)))) == 2  # nothing is verified
+    prefill, verify = profiles_of("target", bundle.manifest, SIZES, compiles_late=True)
+    assert verify.name == "verify" and verify.shapes(ids) == ((1, 1), (1, 4), (2, 4))
+    plain = profiles_of("target", bundle.manifest, BuildSizes(1, 16, (1,)), compiles_late=True)
+    assert [profile.name for profile in plain] == ["prefill", "decode"]
 
 
 def test_every_symbol_of_every_graph_has_a_size(bundle: Bundle) -> None:
