@@ -62,6 +62,11 @@ class Engine(Protocol):
     def most_rows(self) -> int | None:
         """Most rows of logits that a call of the target can give; None: as many as it has tokens."""
 
+    @property
+    def few_shapes(self) -> bool:
+        """Whether a shape is dear when it first comes (kernels are compiled, memory is allocated): calls that may have
+        any width, as a prompt's last one, are then padded to one of a few."""
+
     def allocate(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         """Zero-filled memory for a graph's input or output.
 

@@ -103,6 +103,10 @@ class OnnxRuntimeEngine:
         return None
 
     @property
+    def few_shapes(self) -> bool:
+        return False
+
+    @property
     def threads(self) -> int:
         return self._threads
 

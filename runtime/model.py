@@ -83,6 +83,7 @@ class _TargetCall:
 
     call: Call
     input_ids: Buffer  # [1, W]
+    logit_rows: Buffer  # [1, N]
     logits: Buffer  # [1, N, V]
 
 
@@ -186,7 +187,9 @@ class ModelVerifier:
         while True:
             start = sequence.cache_length
             chunk = token_ids[start : start + self._chunk]
-            target = self._run_target(chunk, start, rows=1)
+            # What is written behind the chunk is overwritten, as rejected drafts are.
+            padding = [0] * (self._prefill_width(len(chunk), start) - len(chunk))
+            target = self._run_target([*chunk, *padding], start, rows=1, last=len(chunk) - 1)
             sequence.cache_length += len(chunk)
             if sequence.cache_length == len(token_ids):
                 return self._accept(request, target.logits, NO_DRAFT, 0)
@@ -199,8 +202,19 @@ class ModelVerifier:
         target = self._run_target(token_ids, sequence.cache_length, rows=len(token_ids))
         return self._accept(request, target.logits, draft, verify_length)
 
-    def _run_target(self, token_ids: Sequence[int], start: int, rows: int) -> _TargetCall:
-        """Run the target over tokens at positions start …, with logits for the last `rows` of them."""
+    def _prefill_width(self, count: int, start: int) -> int:
+        """Tokens of a call that caches `count` of them: a power of two where the engine wants few shapes."""
+        if not self._engine.few_shapes:
+            return count
+        width = min(1 << (count - 1).bit_length(), self._chunk)
+        return width if start + width <= self._capacity else count
+
+    def _run_target(self, token_ids: Sequence[int], start: int, rows: int, last: int | None = None) -> _TargetCall:
+        """Run the target over tokens at positions start …, with logits for the last `rows` of them.
+
+        Args:
+            last: the token that the last row is of; None: the last one.
+        """
         self.caches.ensure(start + len(token_ids))
         if self._calls_version != self.caches.version:
             self._calls.clear()
@@ -208,6 +222,8 @@ class ModelVerifier:
         width = len(token_ids)
         target = self._calls.get((width, rows)) or self._bind_target(width, rows)
         target.input_ids.write(token_ids)
+        if last is not None:
+            target.logit_rows.write(np.arange(last + 1 - rows, last + 1))
         self._cache_lengths.write(start)
         target.call.run()
         return target
@@ -226,8 +242,9 @@ class ModelVerifier:
             "logits": logits,
             **self.caches.of(self._graph),
         }
-        target = _TargetCall(self._engine.bind("target", buffers), input_ids, logits)
-        if width <= self._widest_kept or width == self._chunk:  # a prompt's last chunk has any width: not kept
+        target = _TargetCall(self._engine.bind("target", buffers), input_ids, logit_rows, logits)
+        # A prompt's last chunk may have any width: then it is not kept.
+        if width <= self._widest_kept or width == self._chunk or self._engine.few_shapes:
             self._calls[width, rows] = target
         return target
 

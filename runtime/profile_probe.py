@@ -150,6 +150,10 @@ class EngineView:
     def most_rows(self) -> int | None:
         return self._engine.most_rows
 
+    @property
+    def few_shapes(self) -> bool:
+        return self._engine.few_shapes
+
     def allocate(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         return self._engine.allocate(dtype, shape)
 

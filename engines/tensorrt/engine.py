@@ -213,6 +213,10 @@ class TensorRTEngine:
     def most_rows(self) -> int:
         return self._record.sizes.widest
 
+    @property
+    def few_shapes(self) -> bool:
+        return True
+
     def allocate(self, dtype: str, shape: tuple[int, ...]) -> DeviceBuffer:
         buffer = DeviceBuffer(self._cuda, self._stream, dtype, shape)
         self._buffers.add(buffer)
