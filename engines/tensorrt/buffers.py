@@ -1,16 +1,18 @@
 """Memory that engines and the host share.
 
-A buffer's content is on the device. What the host writes or reads of it goes through pinned memory of the same size,
-which small buffers have from the start and others get when it is needed. On a device that shares the host's memory
-(Jetson), small buffers are that pinned memory, and nothing is copied.
+A buffer's content is on the device. Small buffers, which hold the integers of a round, have pinned memory of the same
+size, through which the host writes and reads them; on a device that shares the host's memory (Jetson) they are that
+pinned memory, and nothing is copied. Large ones are rarely looked into, and get pinned memory for just so long.
 
-Nothing here waits without need: a buffer remembers the number of the last piece of work in the stream that touches its
-host memory, and waits for that one alone.
+Nothing here waits without need: a small buffer remembers the number of the last piece of work in the stream that
+touches its host memory, and waits for that one alone.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -27,7 +29,8 @@ __all__ = ["SMALL", "DeviceBuffer"]
 SMALL = 16 << 10
 """Bytes up to which a buffer is one that the host looks into; what a call writes into it is copied at once."""
 
-_ITEM_SIZES = {**{name: dtype.itemsize for name, dtype in NUMPY_DTYPES.items()}, "bfloat16": 2}
+_STORED: Mapping[str, np.dtype[Any]] = {**NUMPY_DTYPES, "bfloat16": np.dtype(np.uint16)}
+_ITEM_SIZES = {name: dtype.itemsize for name, dtype in _STORED.items()}
 
 
 @dataclass(slots=True)
@@ -48,6 +51,8 @@ class _Memory:
 class DeviceBuffer:
     """Typed memory of the GPU, zero-filled; given back when the buffer is collected, or by `free`.
 
+    bfloat16 is float32 to the host.
+
     Raises:
         EngineError: the type is unknown, or there is too little memory.
     """
@@ -61,49 +66,64 @@ class DeviceBuffer:
         self._shared = cuda.integrated and self.small
         self._busy = 0  # the last piece of work that touches the host memory
         self._stale = False  # whether the device has newer content than the host memory
-        self._array: HostArray | None = None
         self._memory = _Memory()
         self._release = weakref.finalize(self, self._memory.free, cuda)
         if not self._shared:
             self._memory.device = cuda.allocate(self._size, f"a buffer {dtype} {list(shape)}")
         if self.small:
-            self._pin()
+            self._memory.host = cuda.allocate_host(self._size, mapped=self._shared)
         pointer = self._memory.device
         if pointer is None and self._memory.host is not None:
             pointer = self._memory.host.device_pointer
         if pointer is None:
             raise EngineError("CUDA maps no host memory for the device")
         self.pointer = pointer
+        # Made once: a round writes and reads a dozen of them.
+        self._array = self._view(self._memory.host) if self._memory.host is not None else None
 
     @property
     def small(self) -> bool:
-        """Whether results in it are meant for the host."""
+        """Whether the host looks into it in every round."""
         return 0 < self._size <= SMALL
 
     @property
     def host_pointer(self) -> int:
-        """The host memory, for what TensorRT itself wants to read: sizes that shapes depend on."""
-        return self._pin().pointer
+        """The host memory, for what TensorRT itself wants to read: sizes that shapes depend on.
+
+        Raises:
+            EngineError: the buffer is too large for one of those.
+        """
+        if self._memory.host is None:
+            raise EngineError(f"a buffer {self.dtype} {list(self.shape)} has no host memory")
+        return self._memory.host.pointer
 
     def write(self, values: npt.ArrayLike) -> None:
-        memory = self._pin()
+        host = self._memory.host
+        if host is None or self._array is None:
+            with self._staging() as staging:
+                self._fill(self._view(staging), values)
+                self._stream.wait(self._stream.to_device(self.pointer, staging))
+            return
         self._stream.wait(self._busy)
-        self._view()[...] = values
+        self._fill(self._array, values)
         self._stale = False
         if not self._shared:
-            self._busy = self._stream.to_device(self.pointer, memory)
+            self._busy = self._stream.to_device(self.pointer, host)
 
     def read(self) -> HostArray:
-        self._pin()
+        if self._array is None:
+            with self._staging() as staging:
+                self._stream.wait(self._stream.to_host(staging, self.pointer))
+                return self._numbers(self._view(staging).copy())
         if self._stale:
             self.fetch()
         self._stream.wait(self._busy)
-        return self._view()
+        return self._numbers(self._array)
 
     def fetch(self) -> None:
-        """Have the content copied to the host; `read` waits for it."""
-        if not self._shared:
-            self._busy = self._stream.to_host(self._pin(), self.pointer)
+        """Have a small buffer's content copied to the host; `read` waits for it."""
+        if self._memory.host is not None and not self._shared:
+            self._busy = self._stream.to_host(self._memory.host, self.pointer)
         self._stale = False
 
     def used(self, number: int, *, written: bool, fetched: bool) -> None:
@@ -124,17 +144,27 @@ class DeviceBuffer:
         self._array = None
         self._release()
 
-    def _pin(self) -> HostMemory:
-        memory = self._memory.host
-        if memory is None:
-            memory = self._memory.host = self._cuda.allocate_host(self._size, mapped=self._shared)
-            self._stale = not self.small  # what has been written until now is on the device alone
-        return memory
+    @contextmanager
+    def _staging(self) -> Iterator[HostMemory]:
+        """Pinned memory for one copy, which has to end inside."""
+        memory = self._cuda.allocate_host(max(1, self._size), mapped=False)
+        try:
+            yield memory
+        finally:
+            self._cuda.free_host(memory)
 
-    def _view(self) -> HostArray:
-        if self._array is None:
-            dtype: np.dtype[Any] | None = NUMPY_DTYPES.get(self.dtype)
-            if dtype is None:
-                raise EngineError(f"a buffer of type {self.dtype} cannot be read or written on the host")
-            self._array = self._pin().bytes.view(dtype).reshape(self.shape)
-        return self._array
+    def _view(self, memory: HostMemory) -> HostArray:
+        array: HostArray = memory.bytes[: self._size].view(_STORED[self.dtype]).reshape(self.shape)
+        return array
+
+    def _fill(self, stored: HostArray, values: npt.ArrayLike) -> None:
+        if self.dtype != "bfloat16":
+            stored[...] = values
+            return
+        bits = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
+        stored[...] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to the nearest, ties to even
+
+    def _numbers(self, stored: HostArray) -> HostArray:
+        if self.dtype != "bfloat16":
+            return stored
+        return (stored.astype(np.uint32) << 16).view(np.float32)

@@ -4,14 +4,15 @@
 #   examples/smollm2-drafter/recipe.sh TARGET.gguf WORK_FOLDER [PROMPTS.jsonl]
 #
 # TARGET.gguf is SmolLM2-135M-Instruct (`make demo` fetches it to .cache/). The target's answers come with this folder,
-# so that all of it takes five hours on two cores; with PROMPTS.jsonl they are made anew, which takes two more.
+# so that all of it takes six hours on two cores; with PROMPTS.jsonl they are made anew, which takes three more.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 target=$1 work=$2 prompts=${3:-}
 mkdir -p "$work"
 
 if [ -z "$prompts" ]; then
-    for name in responses {more,library,boxed,conversation,function,subject,own,aside,problem}-responses; do
+    for name in responses \
+        {more,library,boxed,conversation,function,subject,own,aside,problem,lengthy,routine,unseen}-responses; do
         [ -e "$work/$name.jsonl" ] || xz -dkc "$here/$name.jsonl.xz" > "$work/$name.jsonl"
     done
 else
@@ -21,6 +22,8 @@ else
     python "$here/library_stubs.py" "$work/library-prompts.jsonl"
     python "$here/conversations.py" "$work/conversation-prompts.jsonl" "$work/function-prompts.jsonl"
     python "$here/more_conversations.py" "$work/subject-prompts.jsonl" "$work/aside-prompts.jsonl"
+    python "$here/longer_conversations.py" "$work/lengthy-prompts.jsonl" "$work/lengthy-aside-prompts.jsonl"
+    python "$here/more_functions.py" "$work/routine-prompts.jsonl" "$work/routine-aside-prompts.jsonl"
     tail -n 96 "$work/boxed-prompts.jsonl" > "$work/problem-prompts.jsonl"
     respond() {
         dspark-edge respond --bundle "$work/plain" --target "$target" --wave 128 "$@"
@@ -49,6 +52,18 @@ else
         -o "$work/own-responses.jsonl"
     respond --prompts "$work/problem-prompts.jsonl" --greedy-share 1 --max-new-tokens 128 --max-length 330 \
         -o "$work/problem-responses.jsonl"
+    for kind in lengthy lengthy-aside; do
+        respond --prompts "$work/$kind-prompts.jsonl" --greedy-share 0.9 --max-new-tokens 128 --max-length 600 \
+            --seed 51 -o "$work/$kind-conversations.jsonl"
+    done
+    for kind in routine routine-aside; do
+        respond --prompts "$work/$kind-prompts.jsonl" --greedy-share 1 --max-new-tokens 128 --max-length 400 \
+            -o "$work/$kind-responses.jsonl"
+    done
+    respond --synthesise 320 --greedy-share 1 --max-new-tokens 128 --max-length 330 --seed 41 \
+        -o "$work/more-own.jsonl"
+    cat "$work"/{lengthy-conversations,more-own}.jsonl > "$work/lengthy-responses.jsonl"
+    cat "$work/lengthy-aside-conversations.jsonl" "$work/routine-aside-responses.jsonl" > "$work/unseen-responses.jsonl"
 fi
 
 # First a little of everything, half of it on short blocks.
@@ -84,13 +99,21 @@ python "$here/pick.py" fourth "$work/fourth.jsonl" \
     --warm-start "$work/third" --count "$work/subject-responses.jsonl" --count "$work/own-responses.jsonl" \
     --held-out 0.02 --steps 1000
 
-# Last the confidence head alone, on answers that nothing above was trained on.
-python "$here/pick.py" confidence "$work/confidence.jsonl" "$work"/{aside,problem,library,more}-responses.jsonl \
+# Longer ones, and more functions; what the confidence head shall learn from is left to it.
+python "$here/pick.py" confidence "$work/confidence.jsonl" "$work"/{aside,problem,library,more,unseen}-responses.jsonl \
     --unseen "$work/second.jsonl" --unseen "$work/third.jsonl" --unseen "$work/fourth.jsonl"
+python "$here/pick.py" fifth "$work/fifth.jsonl" \
+    "$work"/{responses,{more,library,boxed,function,subject,lengthy,routine}-responses}.jsonl \
+    --unseen "$work/confidence.jsonl"
+[ -e "$work/fifth/model.safetensors" ] || learn --responses "$work/fifth.jsonl" -o "$work/fifth" \
+    --warm-start "$work/fourth" --count "$work/subject-responses.jsonl" --count "$work/own-responses.jsonl" \
+    --count "$work/lengthy-responses.jsonl" --count "$work/routine-responses.jsonl" --held-out 0.02 --steps 1000
+
+# Last the confidence head alone, on answers that nothing above was trained on.
 [ -e "$work/drafter/model.safetensors" ] || dspark-edge train --target "$target" \
-    --responses "$work/confidence.jsonl" -o "$work/drafter" --warm-start "$work/fourth" --only confidence \
+    --responses "$work/confidence.jsonl" -o "$work/drafter" --warm-start "$work/fifth" --only confidence \
     --confidence-target outcome --optimizer adamw --learning-rate 0.002 --warmup 20 --short-share 0 \
     --batch 8 --anchors 32 --steps 160 --held-out 0.1 --evaluate-every 60 --checkpoint-every 60
 
 [ -e "$work/bundle" ] || dspark-edge export --target "$target" --drafter "$work/drafter" -o "$work/bundle"
-dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl" --limit 72
+dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl"

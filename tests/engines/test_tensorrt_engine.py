@@ -241,21 +241,32 @@ def test_a_buffer_is_not_changed_while_a_copy_needs_it() -> None:
     assert gpu.calls["cudaStreamSynchronize"] == 4  # nothing to wait for
 
 
-def test_large_buffers_get_host_memory_when_they_are_looked_into() -> None:
+def test_large_buffers_have_host_memory_while_they_are_looked_into() -> None:
     gpu = EmulatedRuntime()
     cuda = Cuda(gpu)
-    stream = cuda.stream()
-    large = DeviceBuffer(cuda, stream, "float32", (SMALL,))
-    assert not gpu.host and not large.read().any() and len(gpu.host) == 1
+    large = DeviceBuffer(cuda, cuda.stream(), "float32", (SMALL,))
+    assert not large.read().any() and not gpu.host
     large.write(np.arange(SMALL))
-    assert large.read()[5] == 5
+    found = large.read()
+    assert found[5] == 5 and not gpu.host
+    large.write(1)
+    assert found[5] == 5  # a copy
+    with pytest.raises(EngineError, match="has no host memory"):
+        _ = large.host_pointer
     large.free()
-    assert not gpu.host and not gpu.device
-    bf16 = DeviceBuffer(cuda, stream, "bfloat16", (SMALL,))
-    with pytest.raises(EngineError, match="bfloat16 cannot be read"):
-        bf16.read()
+    assert not gpu.device
     with pytest.raises(EngineError, match="type complex64 are not supported"):
-        DeviceBuffer(cuda, stream, "complex64", (2,))
+        DeviceBuffer(cuda, cuda.stream(), "complex64", (2,))
+
+
+@pytest.mark.parametrize("size", [4, SMALL])
+def test_bfloat16_is_float32_to_the_host(size: int) -> None:
+    cuda = Cuda(EmulatedRuntime())
+    buffer = DeviceBuffer(cuda, cuda.stream(), "bfloat16", (size,))
+    values = np.resize(np.array([1.0, -2.5, 3.14159, 1 + 2**-8], np.float32), size)
+    buffer.write(values)
+    found = buffer.read()
+    assert found.dtype == np.float32 and found[:4].tolist() == [1.0, -2.5, 3.140625, 1.0]
 
 
 def test_a_device_that_shares_memory_copies_nothing_small() -> None:
