@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import signal
@@ -58,6 +59,12 @@ def session_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _shape(checkpoint: str | Path) -> str:
+    """What tells checkpoints apart, wherever a process has its copy."""
+    config = Path(checkpoint) / "config.json"
+    return hashlib.sha256(config.read_bytes()).hexdigest()[:12] if config.exists() else Path(checkpoint).name
+
+
 @pytest.fixture(scope="session")
 def export_once(session_dir: Path) -> Callable[..., Path]:
     """`export_once(name, target, drafter, **options)`: the bundle, exported when a test first asks for the name.
@@ -70,7 +77,7 @@ def export_once(session_dir: Path) -> Callable[..., Path]:
         from dspark_edge.exporter.export import ExportOptions, export_bundle
 
         _unhook_torch_trace()  # it may have been imported just now
-        folder, asked = session_dir / name, f"{Path(target).name} {Path(drafter).name} {sorted(options.items())}"
+        folder, asked = session_dir / name, f"{_shape(target)} {_shape(drafter)} {sorted(options.items())}"
         with open(session_dir / f"{name}.lock", "a+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             lock.seek(0)
