@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -33,6 +33,7 @@ from dspark_edge.engines.errors import DSparkError
 from dspark_edge.engines.machine import probe_nvidia_driver
 from dspark_edge.engines.opening import EngineChoice
 from dspark_edge.engines.profile import Profile
+from dspark_edge.engines.tensorrt.cuda import Stream
 from dspark_edge.engines.tensorrt.engine import TensorRTEngine
 from dspark_edge.runtime.generator import Generator, GeneratorOptions
 from dspark_edge.runtime.profile_probe import EngineView, StreamProbe
@@ -50,18 +51,32 @@ _COPY = 256 << 20  # bytes
 _WARM_UP = 4
 
 
+def repeated(measure: Callable[[], float], repeats: int) -> float:
+    """The median of a measurement, the first few left out."""
+    return median([measure() for _ in range(_WARM_UP + repeats)][_WARM_UP:])
+
+
+def device_time(stream: Stream, work: Callable[[], Any]) -> float:
+    """The device's seconds of what is put into the stream."""
+    begun = stream.mark()
+    work()
+    return stream.elapsed_s(begun, stream.mark())
+
+
+def wall_time(work: Callable[[], Any]) -> float:
+    begun = perf_counter()
+    work()
+    return perf_counter() - begun
+
+
 def bandwidth(engine: TensorRTEngine, repeats: int) -> float:
     """Bytes a second that a copy within the device reads and writes together."""
     cuda, stream = engine.cuda, engine.stream
     first, second = (cuda.allocate(_COPY, "a copy") for _ in range(2))
-    times = []
-    for _ in range(_WARM_UP + repeats):
-        begun = stream.mark()
-        stream.on_device(second, first, _COPY)
-        times.append(stream.elapsed_s(begun, stream.mark()))
+    seconds = repeated(lambda: device_time(stream, lambda: stream.on_device(second, first, _COPY)), repeats)
     for pointer in (first, second):
         cuda.free(pointer)
-    return 2 * _COPY / median(times[_WARM_UP:])
+    return 2 * _COPY / seconds
 
 
 def call_time(engine: TensorRTEngine, role: str, sizes: dict[str, int], context: int, repeats: int) -> float:
@@ -77,12 +92,7 @@ def call_time(engine: TensorRTEngine, role: str, sizes: dict[str, int], context:
     if "logit_rows" in buffers:
         buffers["logit_rows"].write(np.arange(sizes["width"])[None])
     call = engine.bind(role, buffers)
-    times = []
-    for _ in range(_WARM_UP + repeats):
-        begun = engine.stream.mark()
-        call.run()
-        times.append(engine.stream.elapsed_s(begun, engine.stream.mark()))
-    return median(times[_WARM_UP:])
+    return repeated(lambda: device_time(engine.stream, call.run), repeats)
 
 
 def read_a_token(bundle: Bundle, context: int) -> int:
@@ -128,19 +138,17 @@ class _TimingEngine(EngineView):
 
 def rounds(engine: TensorRTEngine, context: int, width: int, repeats: int) -> dict[str, float]:
     """Wall and device seconds of rounds; width 1 is a plain step."""
-    capacity = engine.bundle.manifest.limits.capacity
-    wall = []
-    probe = StreamProbe(engine, 1, min(capacity, context + 2 * width))
-    for _ in range(_WARM_UP + repeats):
-        begun = perf_counter()
-        probe.run(context, width, "sampler_greedy")
-        wall.append(perf_counter() - begun)
-    timed, busy = _TimingEngine(engine), []
-    probe = StreamProbe(timed, 1, min(capacity, context + 2 * width))
-    for _ in range(_WARM_UP + repeats):
-        probe.run(context, width, "sampler_greedy")
-        busy.append(timed.busy_s())
-    return {"wall_s": median(wall[_WARM_UP:]), "device_s": median(busy[_WARM_UP:])}
+    longest = min(engine.bundle.manifest.limits.capacity, context + 2 * width)
+    probe = StreamProbe(engine, 1, longest)
+    wall = repeated(lambda: wall_time(lambda: probe.run(context, width, "sampler_greedy")), repeats)
+    timed = _TimingEngine(engine)
+    timed_probe = StreamProbe(timed, 1, longest)
+
+    def busy() -> float:
+        timed_probe.run(context, width, "sampler_greedy")
+        return timed.busy_s()
+
+    return {"wall_s": wall, "device_s": repeated(busy, repeats)}
 
 
 def modes(engine: TensorRTEngine, profile: Profile | None, tokens: int, repeats: int) -> dict[str, dict[str, float]]:
@@ -185,16 +193,14 @@ def torch_steps(target: str, precision: str, context: int, repeats: int, device:
     found = {}
     for name, forward in (("eager", model.forward), ("compiled", torch.compile(model.forward, mode="reduce-overhead"))):
         cache = StaticCache(config=model.config, max_cache_len=context + _WARM_UP + repeats)
-        times = []
+
+        def step(forward: Any = forward, cache: Any = cache) -> None:
+            # Masked behind its own length, but as wide as ours all the time.
+            forward(input_ids=ids, position_ids=position[None], past_key_values=cache, cache_position=position)
+            wait()
+
         with torch.no_grad():
-            for _ in range(_WARM_UP + repeats):
-                wait()
-                begun = perf_counter()
-                # Masked behind its own length, but as wide as ours all the time.
-                forward(input_ids=ids, position_ids=position[None], past_key_values=cache, cache_position=position)
-                wait()
-                times.append(perf_counter() - begun)
-        found[name] = median(times[_WARM_UP:])
+            found[name] = repeated(lambda step=step: wall_time(step), repeats)
     return found
 
 
@@ -217,7 +223,7 @@ def measure(engine: TensorRTEngine, profile: Profile | None, arguments: argparse
     plain, widest = calls["target, width 1"], calls[f"target, width {block + 1}"]
     reached, needed = bandwidth(engine, repeats), read_a_token(bundle, context)
     of_round = {name: rounds(engine, context, width, repeats) for name, width in (("plain", 1), ("static", block + 1))}
-    report: dict[str, Any] = {
+    return {
         "date": date.today().isoformat(),
         "device": {"gpu": [gpu.name for gpu in probe_nvidia_driver(Path("/")).gpus], **engine_facts(engine)},
         "versions": versions_of(PACKAGES),
@@ -233,7 +239,6 @@ def measure(engine: TensorRTEngine, profile: Profile | None, arguments: argparse
         "rounds": of_round,
         "modes": modes(engine, profile, arguments.tokens, arguments.repeats),
     }
-    return report
 
 
 def engine_facts(engine: TensorRTEngine) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import Engine
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
+from dspark_edge.engines.onnxruntime_engine import PROVIDERS, OnnxRuntimeEngine
 from dspark_edge.engines.profile_device import Device, probe_device
 
 __all__ = ["ENGINES", "EngineChoice"]
@@ -46,13 +46,18 @@ class EngineChoice:
             raise InvalidInputError(f"{self.engine} runs on the GPU and takes no threads; leave --threads out")
 
     @property
+    def where(self) -> str:
+        """The provider, the engine's own where none was given."""
+        return self.provider or ("cpu" if self.engine == "onnxruntime" else "cuda")
+
+    @property
     def on_cpu(self) -> bool:
-        return self.engine == "onnxruntime" and self.provider in (None, "cpu", "CPUExecutionProvider")
+        return self.where in ("cpu", PROVIDERS["cpu"])
 
     @property
     def name(self) -> str:
         """For reports: "onnxruntime cpu", "tensorrt-rtx cuda"."""
-        return f"{self.engine} {self.provider or ('cpu' if self.engine == 'onnxruntime' else 'cuda')}"
+        return f"{self.engine} {self.where}"
 
     def open(self, bundle: Bundle) -> Engine:
         """The engine with a bundle's graphs.
@@ -61,7 +66,7 @@ class EngineChoice:
             EngineError, MissingDependencyError, BundleError: see the engines.
         """
         if self.engine == "onnxruntime":
-            return OnnxRuntimeEngine(bundle, self.provider or "cpu", self.threads)
+            return OnnxRuntimeEngine(bundle, self.where, self.threads)
         from dspark_edge.engines.tensorrt.engine import TensorRTEngine
 
         return TensorRTEngine(bundle, self.engine)
@@ -69,5 +74,5 @@ class EngineChoice:
     def device(self) -> Device:
         """The device that it runs on, as profiles know it."""
         if self.engine == "onnxruntime":
-            return probe_device(self.provider or "cpu", self.threads)
+            return probe_device(self.where, self.threads)
         return probe_device(self.engine)

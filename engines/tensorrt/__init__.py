@@ -5,6 +5,6 @@
 - `network`: a graph as a TensorRT network, checked.
 - `builder`: networks to engines in a bundle's `devices/`.
 - `records`: what an engine says of itself, and whether it still holds.
-- `engine`: runs them; on `cuda`, what a GPU can do, and `buffers`, memory that it and the host share.
+- `engine`: runs them, by `calls`; on `cuda`, what a GPU can do, and `buffers`, memory that it and the host share.
 - `logs`: what TensorRT says.
 """

@@ -244,7 +244,7 @@ class _Builder:
             raise BundleError(f"cannot read {self._timing_cache}: {error.strerror}") from error
 
     def _failure(self, role: str) -> str:
-        text = self._log.text() or "it gives no reason"
+        text = self._log.reason()
         short = any(word in text.lower() for word in ("out of memory", "insufficient memory", "bad_alloc", "workspace"))
         advice = (
             "; there is too little memory: lower --max-batch, --prefill-chunk or --workspace, or export with a smaller "

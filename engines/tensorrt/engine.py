@@ -1,17 +1,14 @@
 """The TensorRT engine: a bundle's built engines on a GPU, for both flavours.
 
 Per graph there is one engine, with a context for each optimisation profile; contexts of a graph share their scratch
-memory, since all work is in one stream. A call is bound to fixed addresses and shapes. Its first run is enqueued piece
-by piece, which loads kernels; its second is captured, and from then on it is one launch of a CUDA graph, the copies of
-its small results to the host among it. `run` does not wait: reading a result does.
+memory, since all work is in one stream. What is bound runs as `calls` says.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,149 +19,15 @@ from dspark_edge.engines.errors import BundleError, EngineError
 from dspark_edge.engines.manifest import GraphSpec
 from dspark_edge.engines.replace_file import replace_file
 from dspark_edge.engines.tensorrt.buffers import DeviceBuffer
-from dspark_edge.engines.tensorrt.cuda import Cuda, CudaGraph, Stream, open_cuda
+from dspark_edge.engines.tensorrt.calls import Context, LoadedEngine, TensorRTCall
+from dspark_edge.engines.tensorrt.cuda import Cuda, Stream, open_cuda
 from dspark_edge.engines.tensorrt.flavour import Flavour, load_flavour
 from dspark_edge.engines.tensorrt.logs import make_log
-from dspark_edge.engines.tensorrt.profiles import ShapeProfile
 from dspark_edge.engines.tensorrt.records import EngineRecord, engine_folder, rebuild_command
 
-__all__ = ["TensorRTCall", "TensorRTEngine"]
+__all__ = ["TensorRTEngine"]
 
 _RUNTIME_CACHE = "runtime.cache"
-# Where several profiles admit a shape, the one whose kernels were chosen for it.
-_PREFERRED = ("decode", "verify", "prefill", "draft", "accept")
-
-
-@dataclass(slots=True)
-class _Context:
-    """An execution context, and the call whose shapes and addresses it has."""
-
-    context: Any
-    owner: object = None
-
-
-@dataclass(slots=True)
-class _LoadedEngine:
-    """A graph's engine on the device."""
-
-    role: str
-    engine: Any
-    profiles: tuple[ShapeProfile, ...]  # in the engine's order
-    scratch: int  # address of the memory that contexts share
-    scratch_size: int  # bytes
-    config: Any  # TensorRT for RTX: how contexts run; None elsewhere
-    contexts: dict[int, _Context] = field(default_factory=dict)  # by profile
-
-    def profile(self, sizes: Mapping[str, int]) -> int | None:
-        """The number of the profile that is meant for these sizes; None where none admits them."""
-        fitting = [
-            (_PREFERRED.index(profile.name) if profile.name in _PREFERRED else len(_PREFERRED), index)
-            for index, profile in enumerate(self.profiles)
-            if all(
-                profile.least[name] <= size <= profile.most[name]
-                for name, size in sizes.items()
-                if name in profile.least
-            )
-        ]
-        return min(fitting)[1] if fitting else None
-
-
-class TensorRTCall:
-    """A graph bound to buffers."""
-
-    def __init__(
-        self,
-        stream: Stream,
-        loaded: _LoadedEngine,
-        context: _Context,
-        log: Any,
-        shapes: Mapping[str, tuple[int, ...]],
-        inputs: Mapping[str, DeviceBuffer],
-        outputs: Mapping[str, DeviceBuffer],
-    ) -> None:
-        self._stream, self._loaded, self._context, self._log = stream, loaded, context, log
-        self._shapes = shapes
-        # Sizes that shapes depend on are read by TensorRT on the host, when a run is enqueued.
-        self._on_host = {name for name in inputs if loaded.engine.is_shape_inference_io(name)}
-        self._addresses = {
-            name: buffer.host_pointer if name in self._on_host else buffer.pointer
-            for name, buffer in (*inputs.items(), *outputs.items())
-        }
-        self._inputs, self._outputs = tuple(inputs.values()), tuple(outputs.values())
-        given = {id(buffer) for buffer in self._inputs}
-        self._results = tuple(one for one in self._outputs if one.small and id(one) not in given)
-        self._changed = tuple(one for one in self._outputs if not (one.small and id(one) not in given))
-        self._capturable = not self._on_host
-        self._warm = False
-        self._graph: CudaGraph | None = None
-        self._release: Callable[[], object] = lambda: None
-
-    def run(self) -> None:
-        """Enqueue; reading a result waits for it."""
-        if self._graph is not None:
-            number = self._stream.launch(self._graph)
-        elif self._warm and self._capturable:
-            number = self._capture()
-        else:
-            number = self._enqueue()
-            self._warm = True
-        for buffer in self._inputs:
-            buffer.used(number, written=False, fetched=False)
-        for buffer in self._changed:
-            buffer.used(number, written=True, fetched=False)
-        for buffer in self._results:
-            buffer.used(number, written=True, fetched=True)
-
-    @property
-    def captured(self) -> bool:
-        """Whether runs are launches of a CUDA graph."""
-        return self._graph is not None
-
-    def free(self) -> None:
-        """Give up the captured graph."""
-        self._graph = None
-        self._release()
-
-    def _capture(self) -> int:
-        """Capture a run and launch it; what cannot be captured is enqueued, now and from now on."""
-        self._prepare()
-        ready = getattr(self._context.context, "is_stream_capturable", None)  # of TensorRT for RTX
-        if ready is None or ready(self._stream.handle):
-            try:
-                with self._stream.capture() as captured:
-                    self._enqueue()
-            except EngineError:
-                pass
-            else:
-                self._graph = captured[0]
-                self._release = weakref.finalize(self, self._stream.destroy, self._graph)
-                return self._stream.launch(self._graph)
-        self._capturable = False
-        return self._enqueue()
-
-    def _enqueue(self) -> int:
-        self._prepare()
-        self._log.clear()
-        if not self._context.context.execute_async_v3(self._stream.handle):
-            raise EngineError(f"{self._loaded.role}: TensorRT failed: {self._log.text() or 'it gives no reason'}")
-        self._stream.add()
-        for buffer in self._results:
-            buffer.fetch()
-        return self._stream.put
-
-    def _prepare(self) -> None:
-        """Give the context this call's shapes and addresses, if it has another's or shapes depend on values."""
-        if self._context.owner is self and not self._on_host:
-            return
-        context = self._context.context
-        self._context.owner = None
-        for name, shape in self._shapes.items():
-            if not context.set_input_shape(name, shape):
-                raise EngineError(f"{self._loaded.role}: TensorRT refuses {list(shape)} for {name}: {self._log.text()}")
-        for name, address in self._addresses.items():
-            if not context.set_tensor_address(name, address):
-                raise EngineError(f"{self._loaded.role}: TensorRT refuses the address of {name}: {self._log.text()}")
-        self._context.owner = self
 
 
 class TensorRTEngine:
@@ -190,7 +53,7 @@ class TensorRTEngine:
         self._runtime = self._flavour.trt.Runtime(self._log)
         self._stream = self._cuda.stream()
         self._kernels: Any = None  # TensorRT for RTX: what it has compiled, for the next start
-        self._engines: dict[str, _LoadedEngine] = {}
+        self._engines: dict[str, LoadedEngine] = {}
         # Who binds a call keeps it and its buffers; what is still there in the end is given back in `close`.
         self._buffers: weakref.WeakSet[DeviceBuffer] = weakref.WeakSet()
         self._calls: weakref.WeakSet[TensorRTCall] = weakref.WeakSet()
@@ -309,13 +172,13 @@ class TensorRTEngine:
         others = [name for name in others if self._backend != "tensorrt" or not name.startswith("tensorrt-rtx-")]
         return list(dict.fromkeys([*first, *others]))
 
-    def _engine(self, role: str) -> _LoadedEngine:
+    def _engine(self, role: str) -> LoadedEngine:
         loaded = self._engines.get(role)
         if loaded is None:
             loaded = self._engines[role] = self._load(role)
         return loaded
 
-    def _load(self, role: str) -> _LoadedEngine:
+    def _load(self, role: str) -> LoadedEngine:
         file = self._record.engines.get(role)
         rebuild = f"build them again with: {rebuild_command(self._bundle, self._backend)}"
         if file is None:
@@ -330,13 +193,13 @@ class TensorRTEngine:
         self._log.clear()
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
-            reason, free = self._log.text() or "it gives no reason", self._cuda.free_memory()[0]
+            reason, free = self._log.reason(), self._cuda.free_memory()[0]
             raise EngineError(
                 f"{role}: {self._backend} cannot load {path.name}: {reason}; it takes {file.size / 1e6:.0f} MB of the "
                 f"GPU's memory, of which {free / 1e6:.0f} MB are free; if that is enough, {rebuild}"
             )
         size = _scratch_size(engine)
-        return _LoadedEngine(
+        return LoadedEngine(
             role=role,
             engine=engine,
             profiles=file.profiles,
@@ -345,7 +208,7 @@ class TensorRTEngine:
             config=self._runtime_config(engine),
         )
 
-    def _context(self, loaded: _LoadedEngine, profile: int) -> _Context:
+    def _context(self, loaded: LoadedEngine, profile: int) -> Context:
         held = loaded.contexts.get(profile)
         if held is not None:
             return held
@@ -353,14 +216,14 @@ class TensorRTEngine:
         strategy = self._flavour.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = loaded.engine.create_execution_context(strategy if loaded.config is None else loaded.config)
         if context is None or not context.set_optimization_profile_async(profile, self._stream.handle):
-            raise EngineError(f"{loaded.role}: TensorRT makes no context: {self._log.text() or 'it gives no reason'}")
+            raise EngineError(f"{loaded.role}: TensorRT makes no context: {self._log.reason()}")
         self._stream.wait(self._stream.add())
         set_memory = getattr(context, "set_device_memory", None)
         if set_memory is not None:
             set_memory(loaded.scratch, loaded.scratch_size)
         else:  # before TensorRT 10.5 or so
             context.device_memory = loaded.scratch
-        held = loaded.contexts[profile] = _Context(context)
+        held = loaded.contexts[profile] = Context(context)
         return held
 
     def _runtime_config(self, engine: Any) -> Any:

@@ -8,7 +8,8 @@ __all__ = ["make_log"]
 
 
 def make_log(trt: Any) -> Any:
-    """A logger that keeps errors: `text()` has them in one line, `clear()` forgets them.
+    """A logger that keeps errors: `text()` has them in one line, `reason()` also says where there are none, `clear()`
+    forgets them.
 
     Made here, because its base class comes with the flavour.
     """
@@ -27,5 +28,8 @@ def make_log(trt: Any) -> Any:
 
         def text(self) -> str:
             return "; ".join(self._errors)
+
+        def reason(self) -> str:
+            return self.text() or "it gives no reason"
 
     return Log()

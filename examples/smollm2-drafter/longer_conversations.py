@@ -9,13 +9,11 @@ none is a question of a benchmark.
 
 from __future__ import annotations
 
-import json
 import random
 import sys
-from pathlib import Path
 
 from more_conversations import FILLERS as KNOWN
-from more_conversations import fill, parts
+from more_conversations import add, parts, write
 
 FILLERS = {
     **{name: KNOWN[name] for name in ("number", "small", "percent", "mood", "language", "event")},
@@ -222,18 +220,8 @@ ASIDE = 100
 def main() -> None:
     source = random.Random(31)
     found: dict[str, list[str]] = {}
-    openings = parts(OPENINGS)
-    while len(found) < COUNT:
-        source.shuffle(openings)
-        for opening in openings:
-            text = fill(opening, source, FILLERS).replace("\\n", "\n")
-            if len(found) < COUNT:
-                found.setdefault(text, [text, fill(source.choice(parts(REPLIES)), source, FILLERS)])
-    prompts = list(found.values())
-    source.shuffle(prompts)
-    lines = [json.dumps({"domain": "chat", "turns": turns}) + "\n" for turns in prompts]
-    for path, part in zip(sys.argv[1:], (lines[:-ASIDE], lines[-ASIDE:]), strict=True):
-        Path(path).write_text("".join(part), encoding="utf-8")
+    add(found, COUNT, parts(OPENINGS), parts(REPLIES), source, FILLERS)
+    write(found, source, ASIDE, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -198,6 +198,32 @@ def fill(text: str, source: random.Random, fillers: dict[str, str] = FILLERS) ->
     return text
 
 
+def add(
+    found: dict[str, list[str]],
+    enough: int,
+    openings: list[str],
+    replies: list[str],
+    source: random.Random,
+    fillers: dict[str, str] = FILLERS,
+) -> None:
+    """Add conversations until there are enough: every opening in turn, so that none is rare."""
+    while len(found) < enough:
+        source.shuffle(openings)
+        for opening in openings:
+            text = fill(opening, source, fillers).replace("\\n", "\n")
+            if len(found) < enough:
+                found.setdefault(text, [text, fill(source.choice(replies), source, fillers)])
+
+
+def write(found: dict[str, list[str]], source: random.Random, aside: int, paths: list[str]) -> None:
+    """Shuffle conversations into two files, so many of them into the second."""
+    prompts = list(found.values())
+    source.shuffle(prompts)
+    lines = [json.dumps({"domain": "chat", "turns": turns}) + "\n" for turns in prompts]
+    for path, part in zip(paths, (lines[:-aside], lines[-aside:]), strict=True):
+        Path(path).write_text("".join(part), encoding="utf-8")
+
+
 def main() -> None:
     source = random.Random(11)
     known = {opening for opening, _ in conversations(random.Random(5))}
@@ -206,20 +232,8 @@ def main() -> None:
     for turns in source.sample(conversations(random.Random(12)), 200):
         if turns[0] not in known:
             found[turns[0]] = turns
-    # Every opening in turn, so that none is rare.
-    openings = parts(OPENINGS)
-    enough = len(found) + COUNT
-    while len(found) < enough:
-        source.shuffle(openings)
-        for opening in openings:
-            text = fill(opening, source).replace("\\n", "\n")
-            if len(found) < enough:
-                found.setdefault(text, [text, source.choice(parts(REPLIES))])
-    prompts = list(found.values())
-    source.shuffle(prompts)
-    lines = [json.dumps({"domain": "chat", "turns": turns}) + "\n" for turns in prompts]
-    for path, part in zip(sys.argv[1:], (lines[:-ASIDE], lines[-ASIDE:]), strict=True):
-        Path(path).write_text("".join(part), encoding="utf-8")
+    add(found, len(found) + COUNT, parts(OPENINGS), parts(REPLIES), source)
+    write(found, source, ASIDE, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def _measure(
     prompts: Mapping[str, Sequence[Prompt]],
     random: int,
     choice: EngineChoice,
+    device: Device,
 ) -> None:
     """Measure bundle after bundle."""
     bench.plan(len(bundles), len(prompts) + (random > 0))
@@ -48,7 +49,7 @@ def _measure(
             asked = dict(prompts)
             if random:
                 asked[RANDOM_DOMAIN] = [*random_prompts(engine.bundle.manifest, random, bench.options.seed)]
-            bench.measure(path.name, engine, asked, _costs(engine.bundle, choice.device(), bench.options))
+            bench.measure(path.name, engine, asked, _costs(engine.bundle, device, bench.options))
 
 
 def _show(report: BenchReport, as_json: bool) -> None:
@@ -108,14 +109,15 @@ def bench(
     if html is not None:
         check_page_path(html)
     interrupted = False
+    device = choice.device()
     facts: dict[str, Any] = {"engine": choice.name, "bundles": [str(path) for path in bundles]}
-    facts["threads"] = choice.device().threads
+    facts["threads"] = device.threads
     facts["prompts"] = {domain: len(of_domain) for domain, of_domain in domains.items()}
     facts["prompts_file"] = prompts.name if prompts is not None else None
     with counting("runs") as progress:
         measured = Bench(options, progress)
         try:
-            _measure(measured, bundles, domains, random, choice)
+            _measure(measured, bundles, domains, random, choice, device)
         except KeyboardInterrupt:
             if not measured.cells:
                 raise
