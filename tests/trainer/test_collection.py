@@ -84,6 +84,10 @@ def test_rounds_of_a_table() -> None:
     assert table.logits is not None and table.logits.tolist() == [[0.5, 1, 1.5], [0.5, 1, 1.5], [0.5, 0, 0], [0, 0, 0]]
     assert table.confidences is None
     assert len(RoundTable.of([], 3)) == 0
+    assert table.prompts_of(table.judged(1)) is None
+    of_two = RoundTable.of(samples, 3, [5, 5, 5, 9])
+    found = of_two.prompts_of(of_two.judged(1))
+    assert found is not None and found.tolist() == [5, 5]
 
 
 def test_a_turn_continues_from_the_answers_before() -> None:

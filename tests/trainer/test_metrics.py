@@ -11,6 +11,7 @@ from dspark_edge.trainer.evaluation.metrics import (
     Bin,
     Bools,
     Floats,
+    Integers,
     auroc,
     brier_score,
     calibration_noise,
@@ -67,6 +68,42 @@ def test_the_corrected_error_is_the_miscalibration_alone() -> None:
         corrected = [corrected_calibration_error(chances + shift, drawn(chances, seed)) or 0.0 for seed in range(100)]
         assert np.mean(corrected) == pytest.approx(shift, abs=0.012)
     assert (expected_calibration_error(chances, drawn(chances)) or 0.0) > 0.015
+
+
+def alike(chances: Floats, size: int, seed: int = 0) -> tuple[Bools, Integers]:
+    """Outcomes of prompts with `size` samples each, which a prompt makes likelier or less likely together."""
+    random = np.random.default_rng(seed)
+    prompts = np.arange(len(chances)) // size
+    likelier = random.choice([-0.15, 0.15], prompts[-1] + 1)[prompts]
+    outcomes: Bools = random.random(len(chances)) < chances + likelier
+    return outcomes, prompts
+
+
+def test_samples_of_one_prompt_tell_less() -> None:
+    chances = np.random.default_rng(999).uniform(0.2, 0.8, 3000)
+    drawings = [alike(chances, 50, seed) for seed in range(200)]
+    errors = [expected_calibration_error(chances, outcomes) or 0.0 for outcomes, _ in drawings]
+    independent = [calibration_noise(chances, outcomes) or 0.0 for outcomes, _ in drawings]
+    by_prompt = [calibration_noise(chances, outcomes, prompts) or 0.0 for outcomes, prompts in drawings]
+    assert np.mean(independent) < 0.93 * np.mean(errors)
+    assert np.mean(by_prompt) == pytest.approx(np.mean(errors), rel=0.05)
+    for shift in (0.05, 0.2):  # what is wrong everywhere is not taken for chance
+        corrected = [corrected_calibration_error(chances + shift, *drawing) or 0.0 for drawing in drawings[:100]]
+        assert np.mean(corrected) == pytest.approx(shift, abs=0.012)
+
+
+def test_the_noise_of_prompts_by_hand() -> None:
+    one_bin = np.full(4, 0.5)
+    outcomes = np.array([True, True, False, False])
+    # Each prompt's sum lies 1 from what is promised: a variance of 1 + 1, twice that for two prompts.
+    assert calibration_noise(one_bin, outcomes, np.array([7, 7, 3, 3]), 1) == pytest.approx(
+        math.sqrt(4 * 2 / math.pi) / 4
+    )
+    assert calibration_noise(one_bin, outcomes, np.array([7, 3, 7, 3]), 1) == 0.0  # the prompts agree
+    each = calibration_noise(one_bin, outcomes, np.arange(4), 1)
+    assert each == pytest.approx(math.sqrt(4 / 3 * 2 / math.pi) / 4)  # independent: 1, but for the correction
+    assert calibration_noise(one_bin, outcomes, np.zeros(4, np.int64), 1) == 0.0  # nothing to tell it by
+    assert corrected_calibration_error(one_bin + 0.1, outcomes, np.array([7, 3, 7, 3]), 1) == pytest.approx(0.1)
 
 
 def test_auroc_counts_ties_half() -> None:

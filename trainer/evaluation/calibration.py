@@ -169,8 +169,10 @@ def _fit(
     fits = []
     for temperature in sorted(options.temperatures):
         # In the prompts' order, not in the order they were finished in: sums of floats depend on it.
-        samples = [sample for index in range(len(records)) for sample in record.finished[index, temperature]]
-        table = RoundTable.of(samples, bundle.manifest.drafter.block_size)
+        runs = [record.finished[index, temperature] for index in range(len(records))]
+        samples = [sample for run in runs for sample in run]
+        prompts = [index for index, run in enumerate(runs) for _ in run]
+        table = RoundTable.of(samples, bundle.manifest.drafter.block_size, prompts)
         judged = int(table.judged(0).sum())
         if judged < FEWEST_SAMPLES:
             raise InvalidInputError(

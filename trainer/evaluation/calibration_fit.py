@@ -154,7 +154,8 @@ def _errors(table: RoundTable, chances: Floats, rows: Callable[[int], Bools]) ->
     errors = []
     for index in range(chances.shape[1]):
         chosen = rows(index)
-        error = corrected_calibration_error(chances[chosen, index], table.survived(index)[chosen])
+        outcomes = table.survived(index)[chosen]
+        error = corrected_calibration_error(chances[chosen, index], outcomes, table.prompts_of(chosen))
         errors.append(None if error is None else round(error, _DIGITS))
     return tuple(errors)
 

@@ -14,7 +14,7 @@ from dspark_edge.runtime.generator import Generation, Generator, Prompt
 from dspark_edge.runtime.prompts import PromptRecord
 from dspark_edge.runtime.round import Round
 from dspark_edge.runtime.sampling import SamplingParams
-from dspark_edge.trainer.evaluation.metrics import Bools, Floats
+from dspark_edge.trainer.evaluation.metrics import Bools, Floats, Integers
 
 __all__ = [
     "Recorder",
@@ -138,10 +138,15 @@ class RoundTable:
     committed: npt.NDArray[np.int64]  # [N]
     logits: Floats | None  # [N, γ], 0 where nothing was verified
     confidences: Floats | None  # [N, γ], the same calibrated
+    prompts: Integers | None = None  # [N] which prompt each is of; None: not known
 
     @classmethod
-    def of(cls, samples: Sequence[RoundSample], block_size: int) -> RoundTable:
-        """Rounds that were not drafted for count too; they have no confidences."""
+    def of(cls, samples: Sequence[RoundSample], block_size: int, prompts: Sequence[int] | None = None) -> RoundTable:
+        """Rounds that were not drafted for count too; they have no confidences.
+
+        Args:
+            prompts: a number for each sample, equal for those of one prompt.
+        """
 
         def column(name: str) -> npt.NDArray[np.int64]:
             return np.array([getattr(sample, name) for sample in samples], np.int64)
@@ -162,6 +167,7 @@ class RoundTable:
             committed=column("committed"),
             logits=padded("logits"),
             confidences=padded("confidences"),
+            prompts=None if prompts is None else np.array(prompts, np.int64),
         )
 
     def __len__(self) -> int:
@@ -178,3 +184,7 @@ class RoundTable:
     def survived(self, index: int) -> Bools:
         """Rounds in which the draft at an index was accepted; [N]."""
         return self.accepted > index
+
+    def prompts_of(self, rounds: Bools) -> Integers | None:
+        """The prompts of chosen rounds."""
+        return None if self.prompts is None else self.prompts[rounds]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from dspark_edge.trainer.evaluation.metrics import (
     Bin,
     Bools,
     Floats,
+    Integers,
     auroc,
     brier_score,
     calibration_noise,
@@ -122,7 +123,8 @@ def measure(results: Sequence[TurnResult], block_size: int, calibrated: bool) ->
         block_size: γ.
         calibrated: whether the confidences that the runtime gave were calibrated.
     """
-    table = RoundTable.of([sample for result in results for sample in result.samples], block_size)
+    samples = [(sample, result.record.line) for result in results for sample in result.samples]
+    table = RoundTable.of([sample for sample, _ in samples], block_size, [line for _, line in samples])
     rounds = len(table)
     tokens = sum(len(result.static.token_ids) for result in results)
     drafts, accepted = int(table.verified.sum()), int(table.accepted.sum())
@@ -158,33 +160,50 @@ def measure(results: Sequence[TurnResult], block_size: int, calibrated: bool) ->
     )
 
 
+class _Judgement(NamedTuple):
+    """Confidences and what became of what they speak of; all [N]."""
+
+    confidences: Floats
+    outcomes: Bools
+    prompts: Integers | None
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Judgement]) -> _Judgement:
+        prompts = [part.prompts for part in parts if part.prompts is not None]
+        return cls(
+            np.concatenate([part.confidences for part in parts]),
+            np.concatenate([part.outcomes for part in parts]),
+            np.concatenate(prompts) if prompts else None,
+        )
+
+
 def _confidence(table: RoundTable, confidences: Floats) -> ConfidenceMeasures:
     """The measures of confidences [N, γ]."""
-    block_size = confidences.shape[1]
-    chosen = [table.conditional(index) for index in range(block_size)]
-    pairs = [(confidences[rows, index], table.survived(index)[rows]) for index, rows in enumerate(chosen)]
+    positions = range(confidences.shape[1])
     survival = running_product(confidences)
-    running = [
-        (survival[table.judged(index), index], table.survived(index)[table.judged(index)])
-        for index in range(block_size)
-    ]
-    pooled = np.concatenate([pair[0] for pair in pairs]), np.concatenate([pair[1] for pair in pairs])
 
-    def row(function: Callable[[Floats, Bools], float | None], of: list[tuple[Floats, Bools]] = pairs) -> Row:
-        return tuple(function(*pair) for pair in of)
+    def judgement(chances: Floats, rounds: Bools, index: int) -> _Judgement:
+        return _Judgement(chances[rounds, index], table.survived(index)[rounds], table.prompts_of(rounds))
+
+    own = [judgement(confidences, table.conditional(index), index) for index in positions]
+    running = [judgement(survival, table.judged(index), index) for index in positions]
+    pooled = _Judgement.joined(own)
+
+    def row(function: Callable[[Floats, Bools], float | None]) -> Row:
+        return tuple(function(one.confidences, one.outcomes) for one in own)
 
     return ConfidenceMeasures(
-        confidence_samples=len(pooled[0]),
+        confidence_samples=len(pooled.confidences),
         ece=corrected_calibration_error(*pooled),
-        auroc=auroc(*pooled),
-        brier=brier_score(*pooled),
-        ece_by_position=row(corrected_calibration_error),
+        auroc=auroc(pooled.confidences, pooled.outcomes),
+        brier=brier_score(pooled.confidences, pooled.outcomes),
+        ece_by_position=tuple(corrected_calibration_error(*one) for one in own),
         ece_uncorrected_by_position=row(expected_calibration_error),
-        ece_noise_by_position=row(calibration_noise),
+        ece_noise_by_position=tuple(calibration_noise(*one) for one in own),
         auroc_by_position=row(auroc),
         brier_by_position=row(brier_score),
-        survival_ece_by_position=row(corrected_calibration_error, running),
-        reliability=tuple(reliability_bins(*pooled)),
+        survival_ece_by_position=tuple(corrected_calibration_error(*one) for one in running),
+        reliability=tuple(reliability_bins(pooled.confidences, pooled.outcomes)),
     )
 
 

@@ -8,7 +8,9 @@ bins, the number most often used, but none of fewer than 200 samples.
 
 Even a perfect confidence shows an error in a finite sample (about 0.3 · √(bins / N)), which for a few thousand
 samples is as large as what calibration is to reach. `calibration_noise` says how large it is, and
-`corrected_calibration_error` takes it out.
+`corrected_calibration_error` takes it out. Samples that come of one prompt are alike: drafts of an easy text are
+accepted more often than confidences can know, of a hard one less often. They then tell less than as many independent
+ones; `prompts`, [N] numbers, says which belong together, and None that all are independent.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ __all__ = [
     "Bin",
     "Bools",
     "Floats",
+    "Integers",
     "auroc",
     "brier_score",
     "calibration_noise",
@@ -36,6 +39,7 @@ __all__ = [
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+Integers = npt.NDArray[np.int64]
 
 _MOST_BINS = 15
 _FEWEST_IN_A_BIN = 200
@@ -57,10 +61,10 @@ class _Bins:
     counts: Floats
     confidences: Floats
     outcomes: Floats
-    variances: Floats  # of the outcomes, were the confidences right
+    variances: Floats  # of the sums of outcomes, were the confidences right
 
 
-def _binned(confidences: Floats, outcomes: Bools, bins: int | None) -> _Bins:
+def _binned(confidences: Floats, outcomes: Bools, bins: int | None, prompts: Integers | None = None) -> _Bins:
     size = len(confidences)
     number = min(max(size // _FEWEST_IN_A_BIN, 1), _MOST_BINS) if bins is None else min(bins, size)
     order = np.argsort(confidences, kind="stable")
@@ -71,9 +75,28 @@ def _binned(confidences: Floats, outcomes: Bools, bins: int | None) -> _Bins:
         totals: Floats = np.add.reduceat(values, edges[:-1])
         return totals
 
-    return _Bins(
-        np.diff(edges).astype(np.float64), sums(confidences), sums(found), sums(confidences * (1 - confidences))
-    )
+    counts = np.diff(edges).astype(np.float64)
+    promised, came_true = sums(confidences), sums(found)
+    if prompts is None:
+        variances = sums(confidences * (1 - confidences))
+    else:
+        places = np.repeat(np.arange(number), np.diff(edges))
+        surplus = found - confidences - ((came_true - promised) / counts)[places]  # without the bin's miscalibration
+        variances = _variances_by_prompt(surplus, places, prompts[order], number)
+    return _Bins(counts, promised, came_true, variances)
+
+
+def _variances_by_prompt(surplus: Floats, places: Integers, prompts: Integers, bins: int) -> Floats:
+    """The variance of each bin's sum, where only samples of different prompts are independent; [bins].
+
+    The sum of the squares of the prompts' sums (Liang and Zeger, "Longitudinal data analysis using generalized linear
+    models" (1986)), with the usual correction for few prompts. A bin of one prompt says nothing of others: 0.
+    """
+    pairs, which = np.unique(np.stack([places, prompts]), axis=1, return_inverse=True)
+    squares = np.square(np.bincount(which.reshape(-1), weights=surplus))
+    groups = np.bincount(pairs[0], minlength=bins)
+    variances: Floats = np.bincount(pairs[0], weights=squares, minlength=bins) * groups / np.maximum(groups - 1, 1)
+    return variances
 
 
 def reliability_bins(confidences: Floats, outcomes: Bools, bins: int | None = None) -> list[Bin]:
@@ -99,7 +122,9 @@ def expected_calibration_error(confidences: Floats, outcomes: Bools, bins: int |
     return float(np.abs(binned.confidences - binned.outcomes).sum() / len(confidences))
 
 
-def calibration_noise(confidences: Floats, outcomes: Bools, bins: int | None = None) -> float | None:
+def calibration_noise(
+    confidences: Floats, outcomes: Bools, prompts: Integers | None = None, bins: int | None = None
+) -> float | None:
     """The ECE that these confidences would show in a sample of this size if they were exactly right.
 
     A bin's mean outcome is then normal around its mean confidence, and the mean of its distance from it is
@@ -107,11 +132,13 @@ def calibration_noise(confidences: Floats, outcomes: Bools, bins: int | None = N
     """
     if not len(confidences):
         return None
-    variances = _binned(confidences, outcomes, bins).variances
+    variances = _binned(confidences, outcomes, bins, prompts).variances
     return float(np.sqrt(variances * 2 / math.pi).sum() / len(confidences))
 
 
-def corrected_calibration_error(confidences: Floats, outcomes: Bools, bins: int | None = None) -> float | None:
+def corrected_calibration_error(
+    confidences: Floats, outcomes: Bools, prompts: Integers | None = None, bins: int | None = None
+) -> float | None:
     """The ECE without what chance adds: √(ECE² − noise²), at least 0.
 
     Squares, because chance adds to a miscalibration in squares: where the miscalibration is large, noise adds next to
@@ -119,10 +146,8 @@ def corrected_calibration_error(confidences: Floats, outcomes: Bools, bins: int 
     "Verified Uncertainty Calibration" (2019), section 5. For distances it is right where there is no miscalibration
     and where there is much, and at most a fifth low between.)
     """
-    error, noise = (
-        expected_calibration_error(confidences, outcomes, bins),
-        calibration_noise(confidences, outcomes, bins),
-    )
+    error = expected_calibration_error(confidences, outcomes, bins)
+    noise = calibration_noise(confidences, outcomes, prompts, bins)
     return None if error is None or noise is None else math.sqrt(max(error * error - noise * noise, 0.0))
 
 
