@@ -318,7 +318,8 @@ class BatchGenerator:
         event = lane.take_in()
         if event.generation is None:
             self._prefilling.popleft()
-            lane.state = self._policy.join(lane.request.params)
+            group = len(self._table.decoding) + 1 + len(self._prefilling)  # those will follow soon
+            lane.state = self._policy.join(lane.request.params, group)
             self._table.promote(lane)
         self._publish(lane, event, events)
 

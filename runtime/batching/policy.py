@@ -61,8 +61,12 @@ class Decision(Protocol):
 class GroupPolicy(Protocol):
     """Decides for all requests of an engine, round by round."""
 
-    def join(self, params: SamplingParams) -> SequenceState | None:
-        """The state of a new request."""
+    def join(self, params: SamplingParams, group: int) -> SequenceState | None:
+        """The state of a new request.
+
+        Args:
+            group: how many are decoded together, the new one included.
+        """
 
     def decide(self, members: Sequence[Member]) -> Decision:
         """Begin a round of these, at least one."""
@@ -77,7 +81,7 @@ class FixedLengths:
 
     length: int
 
-    def join(self, params: SamplingParams) -> SequenceState | None:
+    def join(self, params: SamplingParams, group: int) -> SequenceState | None:
         return None
 
     def decide(self, members: Sequence[Member]) -> Decision:
@@ -136,8 +140,8 @@ class GroupScheduling:
         known: Mapping[str, Costs] = costs if isinstance(costs, Mapping) else dict.fromkeys(SAMPLER_ROLES, costs)
         self._kinds = kinds_of(known, pricing, block_size, scheduler, parking, calibration)
 
-    def join(self, params: SamplingParams) -> SequenceState | None:
-        return self._kinds[params.sampler_role].controller.join()
+    def join(self, params: SamplingParams, group: int) -> SequenceState | None:
+        return self._kinds[params.sampler_role].controller.join(group)
 
     def decide(self, members: Sequence[Member]) -> Decision:
         present = {member.params.sampler_role for member in members}

@@ -61,7 +61,7 @@ class Plan(NamedTuple):
 
     lengths: tuple[int, ...]  # verify length of each request
     offers: tuple[Offer, ...]
-    proposals: tuple[Proposal, ...]
+    proposals: tuple[Proposal, ...]  # none where nothing was drafted
     draft_s: float  # predicted, of the drafter
     verify_s: float  # predicted, of target and acceptance
     plain_s: float  # predicted, had nothing been verified
@@ -99,45 +99,74 @@ class Controller:
         self._scheduler, self._pricing, self._options = scheduler, pricing, options
         self._block_size = block_size
         self._acceptance = unknown_acceptance(block_size, conditionals)
-        self._evidence = NOTHING_KNOWN
-        if conditionals is not None:
-            prices = [pricing.verify_s([length], [0]) for length in range(block_size + 1)]
-            self._evidence = forecast_evidence(conditionals, prices, pricing.costs.draft_s(1, 0))
+        self._conditionals = conditionals
+        self._evidence: dict[int, Evidence] = {}  # by size of the group, within a factor of two
+        self._allowance = 0.0 if options is None else options.most_allowance  # plain tokens that probes may cost
         self._target_doubt = target_doubt
         self._rounds_since_check = _ROUNDS_BETWEEN_CHECKS
 
-    @property
-    def gain(self) -> float:
-        """Tokens a second by those of plain decoding, over recent drafted rounds of all sequences."""
-        return self._evidence.gain
+    def gain(self, group: int = 1) -> float:
+        """Tokens a second by those of plain decoding, over recent drafted rounds of groups of about this size."""
+        return self._evidence_of(group).gain
 
-    def join(self) -> SequenceState:
-        """The state of a new sequence."""
-        parking = Parking(self._evidence, 1) if self._options is None else start(self._evidence, self._options)
+    def join(self, group: int = 1) -> SequenceState:
+        """The state of a new sequence.
+
+        Args:
+            group: how many sequences are decoded together, the new one included.
+        """
+        evidence = self._evidence_of(group)
+        parking = Parking(evidence, 1) if self._options is None else start(evidence, self._options)
         return SequenceState(History(self._block_size, self._acceptance), parking)
 
     def drafting(self, states: Sequence[SequenceState], contexts: Sequence[int]) -> tuple[bool, ...]:
         """Which sequences are to be drafted for in this round.
 
-        Where one drafts, a parked one joins if its wait is nearly over, or if its first token is expected to be worth
+        Those that are not parked, and probes as far as the engine's allowance goes. Where one drafts, a parked one
+        joins if its wait is nearly over and the allowance pays for it, or if its first token is expected to be worth
         one more sequence in the drafter's call: together they may pay for what none pays for alone. And nobody drafts
         in a round that is to find out what plain decoding costs by now.
         """
-        if self._options is not None and self._plain_is_doubtful(contexts):
+        if self._options is None:
+            return (True,) * len(states)
+        parkings = [state.parking for state in states]
+        drafting = [not (one.parked or one.probing) for one in parkings]
+        if not any(drafting) and not any(one.asks for one in parkings):
             return (False,) * len(states)
-        willing = sum(not state.parking.parked for state in states)
-        if willing in (0, len(states)):
-            return (willing > 0,) * len(states)
+        if self._plain_is_doubtful(contexts):
+            return (False,) * len(states)
+        willing = sum(drafting)
+        if willing == len(states):
+            return (True,) * len(states)
         costs, context = self._pricing.costs, max(contexts)
-        plain_s = self._pricing.verify_s((0,) * len(states), contexts)
-        more = (costs.draft_s(willing + 1, context) - costs.draft_s(willing, context)) * len(states) / plain_s
-        return tuple(
-            state.parking.remaining * 4 <= state.parking.wait or state.history.expected[0] > 2 * more
-            for state in states
-        )
+        tokens_by_second = len(states) / self._pricing.verify_s((0,) * len(states), contexts)
+        full = self._options.most_allowance
+        left, paid = self._allowance, costs.draft_s(willing, context) if willing else 0.0
+        # Who has waited is served before who would only join, and who has been looked at less before others.
+        turns = sorted((not one.asks, one.wait, index) for index, one in enumerate(parkings) if not drafting[index])
+        for joins, wait, index in turns:
+            if joins and not willing:
+                break
+            price = costs.draft_s(willing + 1, context)
+            more = (price - paid) * tokens_by_second
+            hopeful = willing > 0 and states[index].history.expected[0] > 2 * more
+            if not hopeful:
+                # One that costs more than can be saved is paid for afterwards.
+                if min(more, full) > left or (joins and parkings[index].remaining * 4 > wait):
+                    continue
+                left -= more
+            drafting[index] = True
+            willing, paid = willing + 1, price
+        return tuple(drafting)
 
     def plan(self, states: Sequence[SequenceState], offers: Sequence[Offer]) -> Plan:
         """Verify lengths for the group, at most what each offers."""
+        contexts = [offer.context for offer in offers]
+        nothing = (0,) * len(offers)
+        plain_s = self._pricing.verify_s(nothing, contexts)
+        drafted = sum(offer.drafted > 0 for offer in offers)
+        if not drafted:
+            return Plan(nothing, tuple(offers), (), 0.0, plain_s, plain_s)
         proposals = tuple(
             Proposal(
                 state.history.live(offer.confidences, offer.drafted),
@@ -148,20 +177,14 @@ class Controller:
             )
             for state, offer in zip(states, offers, strict=True)
         )
-        contexts = [offer.context for offer in offers]
-        nothing = (0,) * len(offers)
-        lengths = nothing
-        drafted = sum(offer.drafted > 0 for offer in offers)
-        if drafted:
-            lengths = self._scheduler.lengths(proposals, self._pricing, self._pace(states))
+        lengths = self._scheduler.lengths(proposals, self._pricing, self._pace(states))
         if self._options is not None and any(offer.confidences is None for offer in offers):
             lengths = tuple(map(_probed, lengths, states, offers))
-        plain_s = self._pricing.verify_s(nothing, contexts)
         return Plan(
             lengths=lengths,
             offers=tuple(offers),
             proposals=proposals,
-            draft_s=self._pricing.costs.draft_s(drafted, max(contexts)) if drafted else 0.0,
+            draft_s=self._pricing.costs.draft_s(drafted, max(contexts)),
             verify_s=self._pricing.verify_s(lengths, contexts) if any(lengths) else plain_s,
             plain_s=plain_s,
         )
@@ -175,6 +198,18 @@ class Controller:
             accepted: draft tokens of each request that were accepted.
         """
         self._rounds_since_check += 1
+        options = self._options
+        if options is not None:
+            earned = options.probe_share * len(states)
+            self._allowance = min(self._allowance + earned, options.most_allowance)
+        if not plan.proposals:
+            if options is not None:
+                for state in states:
+                    if state.parking.parked:
+                        state.parking = state.parking.after_parked_round(options)
+            return
+        size = len(states).bit_length()
+        known = self._evidence_of(len(states))
         for state, offer, round_, proposal, length, count in zip(
             states, plan.offers, round_evidence(plan, accepted), plan.proposals, plan.lengths, accepted, strict=True
         ):
@@ -182,13 +217,47 @@ class Controller:
                 confidences = offer.confidences and offer.confidences[: offer.drafted]
                 self._acceptance.observe(confidences, length, count)
                 state.history.observe(proposal.survivals, confidences, length, count)
-                self._evidence = self._evidence.add(round_, _ENGINE_MEMORY)
-                if self._options is not None:
-                    state.parking = state.parking.after_drafted_round(round_, self._options)
-                else:
+                known = known.add(round_, _ENGINE_MEMORY)
+                if options is None:
                     state.parking = Parking(state.parking.evidence.add(round_, ParkingOptions().memory), 1)
-            elif self._options is not None and state.parking.parked:
-                state.parking = state.parking.after_parked_round(self._options)
+                    continue
+                if state.parking.probing:
+                    won = round_.tokens - (1 + options.margin) * round_.plain_tokens
+                    self._allowance = min(self._allowance + won, options.most_allowance)
+                state.parking = state.parking.after_drafted_round(round_, options)
+            elif options is not None and state.parking.parked:
+                state.parking = state.parking.after_parked_round(options)
+        self._evidence[size] = known
+
+    def _evidence_of(self, group: int) -> Evidence:
+        """Whether drafting pays in groups of about this size: what recent rounds say, or a calibration."""
+        size = group.bit_length()
+        found = self._evidence.get(size)
+        if found is None:
+            found = self._evidence[size] = self._forecast(group)
+        return found
+
+    def _forecast(self, group: int) -> Evidence:
+        """What the calibration lets expect, if one sequence of the group drafts or all do."""
+        if self._conditionals is None:
+            return NOTHING_KNOWN
+        best = NOTHING_KNOWN
+        contexts = [0] * group
+        plain_s = self._pricing.verify_s([0] * group, contexts)
+        for drafters in {1, group}:
+            prices = [
+                self._pricing.verify_s([length] * drafters + [0] * (group - drafters), contexts)
+                for length in range(self._block_size + 1)
+            ]
+            each = group / drafters  # every second costs the whole group
+            found = forecast_evidence(
+                self._conditionals,
+                [plain_s + (price - plain_s) * each for price in prices],
+                self._pricing.costs.draft_s(drafters, 0) * each,
+            )
+            if not best.known or found.gain > best.gain:
+                best = found
+        return best
 
     def _pace(self, states: Sequence[SequenceState]) -> float:
         """Speed-up over plain decoding of recent rounds: the mean over the group, where a parked one has 1."""

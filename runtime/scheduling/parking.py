@@ -22,8 +22,14 @@ probe does not start the search over while a lasting change does.
 With the defaults a hopeless answer of 128 tokens is drafted for in rounds 0, 3, 8, 17, 34 and 67: six drafts. At 0.35
 plain steps each that is 1.6 %.
 
+**What probes may cost.** Waits count rounds, but a draft costs 0.1 plain tokens on one machine and one whole on
+another, where drafts for a group are made one after the other and hold up all of it. So an engine has an **allowance**
+for the probes of all its sequences, in plain tokens: `probe_share` of what it decodes, `most_allowance` saved at most.
+A probe takes what it loses. One that costs more than is left waits until it can be paid; so short answers in large
+groups are not probed each on its own.
+
 **A new sequence** starts with a `stake` in its bank if the engine's recent rounds paid, and parked if they did not; if
-nothing is known it drafts, and one round is enough to park. One that loses its stake at once waits `start_wait` rounds
+nothing is known it asks for a probe, which decides. One that loses its stake at once waits `start_wait` rounds
 for the first probe: that others pay says little of it then.
 
 Lossless at temperature > 0: whether a round is drafted depends on earlier rounds only.
@@ -57,6 +63,8 @@ class ParkingOptions:
     first_wait: int = 2  # rounds parked before the first probe
     longest_wait: int = 64
     start_wait: int = 8  # rounds before the first probe of a sequence that starts parked, or has won nothing yet
+    probe_share: float = 0.01  # of the tokens that an engine decodes, what probes may cost it
+    most_allowance: float = 1.0  # plain tokens of it that are saved; what a new engine has
 
     def __post_init__(self) -> None:
         if self.margin < 0 or not 0 <= self.memory < 1:
@@ -66,6 +74,10 @@ class ParkingOptions:
         if not 0 < self.stake <= self.most_bank:
             raise InvalidInputError(
                 f"stake is {self.stake}, most_bank {self.most_bank}; expected a stake above 0 and at most the bank"
+            )
+        if self.probe_share < 0 or self.most_allowance < 0:
+            raise InvalidInputError(
+                f"probe_share is {self.probe_share}, most_allowance {self.most_allowance}; expected at least 0"
             )
         if not 1 <= self.first_wait <= self.start_wait <= self.longest_wait:
             raise InvalidInputError(
@@ -119,6 +131,11 @@ class Parking(NamedTuple):
     def parked(self) -> bool:
         return self.remaining > 0
 
+    @property
+    def asks(self) -> bool:
+        """Whether it waits for a probe to be paid."""
+        return self.probing and self.remaining == 0
+
     def after_parked_round(self, options: ParkingOptions) -> Parking:
         """The state after a round without a draft, by choice."""
         return self._replace(remaining=max(self.remaining - 1, 0), evidence=self.evidence.fade(options.memory))
@@ -145,7 +162,7 @@ def start(engine: Evidence, options: ParkingOptions) -> Parking:
         engine: of the engine's recent rounds, or of a forecast.
     """
     if not engine.known:
-        return Parking(NOTHING_KNOWN, options.first_wait)
+        return Parking(NOTHING_KNOWN, options.first_wait, probing=True)
     prior = Evidence(engine.gain, 1.0)
     if engine.pays(options):
         # Should it lose the stake before it has won anything, it is not looked at again soon. Rounds that pay halve it.
