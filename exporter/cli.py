@@ -93,6 +93,7 @@ def export(target: str, drafter: str, output: Path, tokenizer: Path | None, over
     "--engine", type=click.Choice(ENGINES), default="onnxruntime", show_default=True, help="What runs the graphs."
 )
 @click.option("--provider", help="Of ONNX Runtime: cpu, cuda, or a provider's full name.  [default: cpu]")
+@click.option("--layers", is_flag=True, help="A row for the keys and values of each layer: shows where it goes wrong.")
 @click.option("--json", "as_json", is_flag=True, help="The table as JSON.")
 def parity(
     bundle: Path,
@@ -102,13 +103,14 @@ def parity(
     text_tokens: int,
     engine: str,
     provider: str | None,
+    layers: bool,
     as_json: bool,
 ) -> None:
     """Compare BUNDLE with its checkpoints in torch; exit code 1 if an output is over its tolerance."""
     choice, opened = EngineChoice(engine, provider), Bundle.open(bundle)
     token_ids = None if text is None else tokenize_file(opened, text, text_tokens)
     with _progress() as report:
-        result = compare_bundle(opened, target, drafter, engine_factory=choice.open, report=report)
+        result = compare_bundle(opened, target, drafter, engine_factory=choice.open, layers=layers, report=report)
         read = (
             None
             if token_ids is None

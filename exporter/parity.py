@@ -75,6 +75,7 @@ def compare_bundle(
     seed: int = 0,
     engine_factory: EngineFactory | None = None,
     tolerance: float | None = None,
+    layers: bool = False,
     report: Report = lambda what, done, total: None,
 ) -> ParityReport:
     """Compare a bundle's graphs, run by an engine, with the torch modules of its checkpoints in fp32.
@@ -90,6 +91,8 @@ def compare_bundle(
         seed: of the token ids and the noise.
         engine_factory: makes the engine; None: ONNX Runtime on the CPU.
         tolerance: instead of `TOLERANCES`.
+        layers: a row for the keys and values of each layer, in order, and not one for all. They are the first that a
+            layer computes, so what is wrong in layer n shows in the rows of layer n (its keys and values) or n + 1.
         report: progress: what is being done, how much of it is done, how much there is.
 
     Raises:
@@ -113,7 +116,7 @@ def compare_bundle(
         reference = make_reference(pair, manifest, positions, seed)
         report("torch", 1, 1)
         runner = GraphRunner(engine, positions + manifest.drafter.block_size)
-        rows, logits = _compare_models(runner, reference, tolerance, report)
+        rows, logits = _compare_models(runner, reference, tolerance, layers, report)
         shift = _quantization_shift(pair, manifest, reference, logits)
         samplers = [role for role in _SAMPLERS if role in manifest.graphs]
         for number, role in enumerate(samplers):
@@ -143,7 +146,7 @@ def _quantization_shift(pair: Pair, manifest: Manifest, reference: Reference, lo
 
 
 def _compare_models(
-    runner: GraphRunner, reference: Reference, tolerance: float, report: Report
+    runner: GraphRunner, reference: Reference, tolerance: float, layers: bool, report: Report
 ) -> tuple[list[ParityRow], HostArray]:
     """Rows of the target's and the drafter's outputs, and the target's logits [1, P, V]."""
     manifest = runner.engine.bundle.manifest
@@ -163,7 +166,7 @@ def _compare_models(
     caches: dict[str, OutputErrors] = {}
     for output, name in manifest.graphs["target"].aliases.items():
         prefix, _, kind = output.rpartition(".")
-        label = f"{prefix.rpartition('.')[0]}.{kind}"  # one row for all layers
+        label = output if layers else f"{prefix.rpartition('.')[0]}.{kind}"
         valid = np.asarray(runner.caches[name].read())[:, :, :positions]
         caches.setdefault(label, OutputErrors(label)).add(valid, reference.caches[name][:, :, :positions], output)
     rows = [errors.row(tolerance) for errors in (logits, *caches.values(), *drafted.values())]

@@ -167,6 +167,19 @@ def test_a_wrong_weight_is_found(
         assert worst["drafter.present.key"] == "drafter.present.1.key"
 
 
+def test_layer_by_layer_the_first_that_is_wrong_is_found(
+    reference_bundle: ReferenceBundle, reference_dir: Path, tmp_path: Path
+) -> None:
+    good = reference_bundle("qwen3_target", "qwen3_vanilla")
+    checkpoints = reference_dir / "qwen3_target", reference_dir / "qwen3_vanilla"
+    bundle = damaged(tmp_path / "bundle", good, "target", "layers.2.mlp.down_proj.weight", 1.05)
+    rows = {row.name: row.passed for row in compare_bundle(bundle, *checkpoints, layers=True).rows}
+    cached = [name for name in rows if name.startswith("present.")]
+    assert cached == [f"present.{layer}.{kind}" for layer in range(6) for kind in ("key", "value")]
+    assert [rows[name] for name in cached] == [True] * 6 + [False] * 6
+    assert not rows["logits"]
+
+
 class ShuffledEngine(OnnxRuntimeEngine):
     """Drafts the second-best candidate, as a graph with a wrong gather might."""
 
