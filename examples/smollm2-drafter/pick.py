@@ -110,6 +110,8 @@ PARTS = {
             ("more", "code", 0.0): 10e3,
             ("unseen", "chat", 0.0): 200e3,
             ("unseen", "code", 0.0): 50e3,
+            ("written", "chat", 0.0): 100e3,
+            ("written", "code", 0.0): 50e3,
         },
         longest=600,
         usually_long=600,

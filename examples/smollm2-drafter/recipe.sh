@@ -12,7 +12,7 @@ mkdir -p "$work"
 
 if [ -z "$prompts" ]; then
     for name in responses \
-        {more,library,boxed,conversation,function,subject,own,aside,problem,lengthy,routine,unseen}-responses; do
+        {more,library,boxed,conversation,function,subject,own,aside,problem,lengthy,routine,unseen,written}-responses; do
         [ -e "$work/$name.jsonl" ] || xz -dkc "$here/$name.jsonl.xz" > "$work/$name.jsonl"
     done
 else
@@ -64,6 +64,8 @@ else
         -o "$work/more-own.jsonl"
     cat "$work"/{lengthy-conversations,more-own}.jsonl > "$work/lengthy-responses.jsonl"
     cat "$work/lengthy-aside-conversations.jsonl" "$work/routine-aside-responses.jsonl" > "$work/unseen-responses.jsonl"
+    respond --prompts "$here/written-prompts.jsonl" --greedy-share 1 --max-new-tokens 128 --max-length 640 \
+        -o "$work/written-responses.jsonl"
 fi
 
 # First a little of everything, half of it on short blocks.
@@ -100,7 +102,8 @@ python "$here/pick.py" fourth "$work/fourth.jsonl" \
     --held-out 0.02 --steps 1000
 
 # Longer ones, and more functions; what the confidence head shall learn from is left to it.
-python "$here/pick.py" confidence "$work/confidence.jsonl" "$work"/{aside,problem,library,more,unseen}-responses.jsonl \
+python "$here/pick.py" confidence "$work/confidence.jsonl" \
+    "$work"/{aside,problem,library,more,unseen,written}-responses.jsonl \
     --unseen "$work/second.jsonl" --unseen "$work/third.jsonl" --unseen "$work/fourth.jsonl"
 python "$here/pick.py" fifth "$work/fifth.jsonl" \
     "$work"/{responses,{more,library,boxed,function,subject,lengthy,routine}-responses}.jsonl \
@@ -113,7 +116,7 @@ python "$here/pick.py" fifth "$work/fifth.jsonl" \
 [ -e "$work/drafter/model.safetensors" ] || dspark-edge train --target "$target" \
     --responses "$work/confidence.jsonl" -o "$work/drafter" --warm-start "$work/fifth" --only confidence \
     --confidence-target outcome --optimizer adamw --learning-rate 0.002 --warmup 20 --short-share 0 \
-    --batch 8 --anchors 32 --steps 160 --held-out 0.1 --evaluate-every 60 --checkpoint-every 60
+    --batch 8 --anchors 32 --steps 340 --held-out 0.1 --evaluate-every 85 --checkpoint-every 85
 
 [ -e "$work/bundle" ] || dspark-edge export --target "$target" --drafter "$work/drafter" -o "$work/bundle"
 dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl"
