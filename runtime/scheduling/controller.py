@@ -239,25 +239,25 @@ class Controller:
 
     def _forecast(self, group: int) -> Evidence:
         """What the calibration lets expect, if one sequence of the group drafts or all do."""
-        if self._conditionals is None:
+        conditionals = self._conditionals
+        if conditionals is None:
             return NOTHING_KNOWN
-        best = NOTHING_KNOWN
         contexts = [0] * group
         plain_s = self._pricing.verify_s([0] * group, contexts)
-        for drafters in {1, group}:
+
+        def of(drafters: int) -> Evidence:
             prices = [
                 self._pricing.verify_s([length] * drafters + [0] * (group - drafters), contexts)
                 for length in range(self._block_size + 1)
             ]
             each = group / drafters  # every second costs the whole group
-            found = forecast_evidence(
-                self._conditionals,
+            return forecast_evidence(
+                conditionals,
                 [plain_s + (price - plain_s) * each for price in prices],
                 self._pricing.costs.draft_s(drafters, 0) * each,
             )
-            if not best.known or found.gain > best.gain:
-                best = found
-        return best
+
+        return max(map(of, {1, group}), key=lambda evidence: evidence.gain)
 
     def _pace(self, states: Sequence[SequenceState]) -> float:
         """Speed-up over plain decoding of recent rounds: the mean over the group, where a parked one has 1."""

@@ -153,9 +153,7 @@ def _errors(table: RoundTable, chances: Floats, rows: Callable[[int], Bools]) ->
     """The corrected ECE of each position's chances [N, γ] in the rounds that count for it."""
     errors = []
     for index in range(chances.shape[1]):
-        chosen = rows(index)
-        outcomes = table.survived(index)[chosen]
-        error = corrected_calibration_error(chances[chosen, index], outcomes, table.prompts_of(chosen))
+        error = corrected_calibration_error(*table.judgement(chances, rows(index), index))
         errors.append(None if error is None else round(error, _DIGITS))
     return tuple(errors)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from dspark_edge.runtime.sampling import SamplingParams
 from dspark_edge.trainer.evaluation.metrics import Bools, Floats, Integers
 
 __all__ = [
+    "Judgement",
     "Recorder",
     "RoundSample",
     "RoundTable",
@@ -128,6 +130,24 @@ def _sample(record: Round, committed: int) -> RoundSample:
     )
 
 
+class Judgement(NamedTuple):
+    """Confidences and what became of what they speak of; all [N]."""
+
+    confidences: Floats
+    outcomes: Bools
+    prompts: Integers | None  # which prompt each is of
+
+    @classmethod
+    def joined(cls, parts: Sequence[Judgement]) -> Judgement:
+        """All of several."""
+        prompts = [part.prompts for part in parts if part.prompts is not None]
+        return cls(
+            np.concatenate([part.confidences for part in parts]),
+            np.concatenate([part.outcomes for part in parts]),
+            np.concatenate(prompts) if prompts else None,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class RoundTable:
     """Rounds as columns; position k of a draft has the index k - 1."""
@@ -188,3 +208,7 @@ class RoundTable:
     def prompts_of(self, rounds: Bools) -> Integers | None:
         """The prompts of chosen rounds."""
         return None if self.prompts is None else self.prompts[rounds]
+
+    def judgement(self, chances: Floats, rounds: Bools, index: int) -> Judgement:
+        """What chances [N, γ] say of the draft at an index in chosen rounds, and what became of it."""
+        return Judgement(chances[rounds, index], self.survived(index)[rounds], self.prompts_of(rounds))

@@ -8,19 +8,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from dspark_edge.runtime.generator import Generation
-from dspark_edge.trainer.evaluation.collection import RoundTable
+from dspark_edge.trainer.evaluation.collection import Judgement, RoundTable
 from dspark_edge.trainer.evaluation.evaluate import TurnResult
 from dspark_edge.trainer.evaluation.metrics import (
     Bin,
     Bools,
     Floats,
-    Integers,
     auroc,
     brier_score,
     calibration_noise,
@@ -160,34 +158,14 @@ def measure(results: Sequence[TurnResult], block_size: int, calibrated: bool) ->
     )
 
 
-class _Judgement(NamedTuple):
-    """Confidences and what became of what they speak of; all [N]."""
-
-    confidences: Floats
-    outcomes: Bools
-    prompts: Integers | None
-
-    @classmethod
-    def joined(cls, parts: Sequence[_Judgement]) -> _Judgement:
-        prompts = [part.prompts for part in parts if part.prompts is not None]
-        return cls(
-            np.concatenate([part.confidences for part in parts]),
-            np.concatenate([part.outcomes for part in parts]),
-            np.concatenate(prompts) if prompts else None,
-        )
-
-
 def _confidence(table: RoundTable, confidences: Floats) -> ConfidenceMeasures:
     """The measures of confidences [N, γ]."""
     positions = range(confidences.shape[1])
     survival = running_product(confidences)
 
-    def judgement(chances: Floats, rounds: Bools, index: int) -> _Judgement:
-        return _Judgement(chances[rounds, index], table.survived(index)[rounds], table.prompts_of(rounds))
-
-    own = [judgement(confidences, table.conditional(index), index) for index in positions]
-    running = [judgement(survival, table.judged(index), index) for index in positions]
-    pooled = _Judgement.joined(own)
+    own = [table.judgement(confidences, table.conditional(index), index) for index in positions]
+    running = [table.judgement(survival, table.judged(index), index) for index in positions]
+    pooled = Judgement.joined(own)
 
     def row(function: Callable[[Floats, Bools], float | None]) -> Row:
         return tuple(function(one.confidences, one.outcomes) for one in own)
