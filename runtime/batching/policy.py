@@ -156,8 +156,11 @@ class _Scheduled:
     def __init__(self, controller: Controller, costs: CorrectedCosts, members: Sequence[Member]) -> None:
         self._controller, self._costs, self._members = controller, costs, members
         self._states = [member.state for member in members if member.state is not None]
-        wanted = controller.drafting(self._states, [member.context for member in members])
-        self._drafting = tuple(wants and member.room > 0 for wants, member in zip(wanted, members, strict=True))
+        self._contexts = [member.context for member in members]
+        wanted = controller.drafting(self._states, self._contexts)
+        if any(wanted):
+            wanted = tuple(wants and member.room > 0 for wants, member in zip(wanted, members, strict=True))
+        self._drafting = wanted
         self._plan: Plan | None = None
 
     @property
@@ -169,6 +172,9 @@ class _Scheduled:
         return self._costs
 
     def lengths(self, drafts: Sequence[Draft]) -> tuple[int, ...]:
+        if not any(self._drafting):  # most rounds where drafting does not pay: nothing is to be weighed
+            self._plan = self._controller.plain(self._contexts)
+            return self._plan.lengths
         offers = [
             Offer(
                 min(len(draft.token_ids), member.room),

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dspark_edge.runtime.scheduling import Costs, Ladder, Proposal
+from dspark_edge.runtime.scheduling.costs import verification_row
 
 __all__ = ["SerialDrafts", "Shared"]
+
+_NEAR = 128  # cached tokens within which contexts cost as good as the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,8 @@ class Shared:
         return self._costs
 
     def verify_s(self, lengths: Sequence[int], contexts: Sequence[int]) -> float:
+        if not any(lengths):
+            return self._shared_s(len(lengths), max(contexts))
         pairs = list(zip(lengths, contexts, strict=True))
         staying = [context for length, context in pairs if length == 0]
         return self._shared_s(len(staying), max(staying, default=0)) + sum(
@@ -60,9 +65,7 @@ class Shared:
         """One for each request. Their seconds add up to the group's where as many leave as was forecast, or none."""
         batch, context = len(proposals), max(one.context for one in proposals)
         shared = [self._shared_s(size, context) for size in range(batch + 1)]
-        alone = [
-            [self._alone_s(length, one.context) for length in range(1, len(one.survivals) + 1)] for one in proposals
-        ]
+        alone = self._alone_rows(proposals)
         leaving = max(_best_leavers([one.expected for one in proposals], alone, shared), 1)
         saving = (shared[batch] - shared[batch - leaving]) / leaving
         share = shared[batch] / batch
@@ -78,6 +81,25 @@ class Shared:
 
     def _shared_s(self, batch: int, context: int) -> float:
         return self._base.target_s(batch, 1, context) + self._base.sampler_s(batch, 1) if batch else 0.0
+
+    def _alone_rows(self, proposals: Sequence[Proposal]) -> list[list[float]]:
+        """By request, [n] seconds of verifying 1 … n tokens in a call of its own.
+
+        Contexts that are close are priced alike: a row takes longer to find than all that is decided with it.
+        """
+        widest = 1 + max(len(one.survivals) for one in proposals)
+        rows: dict[int, list[float]] = {}
+        found: list[list[float]] = []
+        for one in proposals:
+            count = len(one.survivals)
+            if not count:
+                found.append([])
+                continue
+            row = rows.get(near := one.context // _NEAR)
+            if row is None:
+                row = rows[near] = verification_row(self._base, 1, widest, one.context)
+            found.append(row[1 : 1 + count])
+        return found
 
     def _alone_s(self, length: int, context: int) -> float:
         return self._base.target_s(1, 1 + length, context) + self._base.sampler_s(1, 1 + length)

@@ -1,10 +1,15 @@
-"""The loop: all modes of a place take turns on the same prompts, repeat by repeat, in an order that rotates."""
+"""The loop: all modes of a place take turns on the same prompts, part by part, in an order that rotates.
+
+Parts are as small as the concurrency allows, so that turns follow each other within seconds: a machine that gets busier
+meets all modes alike.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -12,7 +17,7 @@ from dspark_edge.engines.engine import Engine
 from dspark_edge.engines.errors import CapacityError, InvalidInputError
 from dspark_edge.engines.manifest import Manifest
 from dspark_edge.runtime.bench.cells import Cell, Place, cells_of
-from dspark_edge.runtime.bench.contenders import Contender, ModelContender, Run
+from dspark_edge.runtime.bench.contenders import Contender, ModelContender, Run, whole
 from dspark_edge.runtime.bench.settings import BenchOptions, rotated
 from dspark_edge.runtime.encoding import Prompt, PromptEncoder
 from dspark_edge.runtime.prompts import PromptRecord
@@ -26,7 +31,7 @@ _RANDOM_TOKENS = 64
 _WARM_UP_TOKENS = 8
 
 Progress = Callable[[int, int], None]
-"""Is told runs done and in all."""
+"""Is told answers done and in all."""
 
 
 def random_prompts(manifest: Manifest, count: int, seed: int) -> list[list[int]]:
@@ -52,7 +57,7 @@ class Bench:
 
     Args:
         options: what to measure.
-        progress: is told after every run.
+        progress: is told after every part of a run.
     """
 
     options: BenchOptions
@@ -61,11 +66,15 @@ class Bench:
     done: int = 0
     total: int = 0
 
-    def plan(self, bundles: int, domains: int) -> None:
-        """How many runs there will be, for the progress bar."""
+    def plan(self, bundles: int, prompts: Sequence[int]) -> None:
+        """How many answers there will be, for the progress bar.
+
+        Args:
+            prompts: how many each domain has.
+        """
         options = self.options
-        places = bundles * domains * len(options.temperatures) * len(options.concurrencies)
-        self.total = places * len(options.modes) * options.repeats
+        asked = sum(requests(of_domain, concurrency) for of_domain in prompts for concurrency in options.concurrencies)
+        self.total = bundles * asked * len(options.temperatures) * len(options.modes) * options.repeats
 
     def measure(
         self, name: str, engine: Engine, prompts: Mapping[str, Sequence[Prompt]], costs: Mapping[str, Costs] | None
@@ -109,21 +118,26 @@ class Bench:
         """
         options = self.options
         asked = workload(prompts, place.concurrency)
-        runs: dict[str, list[Run]] = {str(contender.mode): [] for contender in contenders}
+        parts = parts_of(asked, place.concurrency)
+        runs: dict[str, list[list[Run]]] = {str(contender.mode): [] for contender in contenders}
         for repeat in range(options.repeats):
             params = [
                 SamplingParams(options.max_new_tokens, place.temperature, seed=_seed(options.seed, repeat, index))
                 for index in range(len(asked))
             ]
-            for index in rotated(len(contenders), repeat):
-                contender = contenders[index]
-                runs[str(contender.mode)].append(contender.run([prompts[prompt] for prompt in asked], params))
-                self.done += 1
-                self.progress(self.done, self.total)
+            for of_mode in runs.values():
+                of_mode.append([])
+            for turn, part in enumerate(parts):
+                for index in rotated(len(contenders), repeat + turn):
+                    contender = contenders[index]
+                    run = contender.run([prompts[asked[at]] for at in part], [params[at] for at in part])
+                    runs[str(contender.mode)][-1].append(run)
+                    self.done += len(part)
+                    self.progress(self.done, self.total)
         reference = None
         if place.temperature == 0 and "plain" in runs:
             # Of one stream, where that is measured: a batch must not change a token either.
-            answers = dict(zip(asked, runs["plain"][0].answers, strict=True))
+            answers = dict(zip(asked, whole(runs["plain"][0]).answers, strict=True))
             known = references.setdefault(place.domain, answers)
             reference = tuple(known[prompt] for prompt in asked)
         self.cells += cells_of(place, runs, reference)
@@ -158,8 +172,20 @@ def encode(engine: Engine, prompts: Mapping[str, Sequence[Prompt]], new_tokens: 
 def workload(prompts: Sequence[Prompt], concurrency: int) -> list[int]:
     """Which prompts are asked, in which order: each once, and again from the first until there are two for each
     request at a time, so that most rounds are full."""
-    count = max(len(prompts), 2 * concurrency if concurrency > 1 else 1)
-    return [index % len(prompts) for index in range(count)]
+    return [index % len(prompts) for index in range(requests(len(prompts), concurrency))]
+
+
+def requests(prompts: int, concurrency: int) -> int:
+    """How many answers a repeat takes; see `workload`."""
+    return max(prompts, 2 * concurrency if concurrency > 1 else 1)
+
+
+def parts_of(asked: Sequence[int], concurrency: int) -> list[range]:
+    """The places of a workload in parts: a request each where there is one at a time, else at least two for each
+    request at a time."""
+    size = 2 * concurrency if concurrency > 1 else 1
+    bounds = [*range(0, len(asked) - size + 1, size), len(asked)]
+    return [range(start, end) for start, end in pairwise(bounds)]
 
 
 def warm_up(contenders: Sequence[Contender], prompts: Sequence[Prompt], concurrency: int) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, variance
 
-from dspark_edge.runtime.bench.contenders import Run
+from dspark_edge.runtime.bench.contenders import Run, whole
 
 __all__ = ["Cell", "Place", "cells_of", "worst_first"]
 
@@ -44,18 +45,20 @@ class Cell:
     schedule_us: float  # microseconds of scheduling a round
     prediction_error: float | None  # median of |predicted / observed − 1| of rounds; None: nothing was predicted
     speedup: float | None  # median over the repeats of the ratio to mode plain; None without it
+    speedup_error: float | None  # its standard error, by what equal parts differ from repeat to repeat; None: unknown
     of_best: float | None  # the same to the fastest of all other modes
     same_answers: float | None  # share of the answers that are plain decoding's; None at temperatures above 0
 
 
-def cells_of(place: Place, runs: Mapping[str, Sequence[Run]], reference: Answers | None) -> list[Cell]:
+def cells_of(place: Place, parts: Mapping[str, Sequence[Sequence[Run]]], reference: Answers | None) -> list[Cell]:
     """The cells of one group of runs.
 
     Args:
         place: of the group.
-        runs: mode → a run in each repeat; the repeats of all modes belong together.
+        parts: mode → of each repeat the runs of its parts, which took turns with those of the other modes.
         reference: what plain decoding answers; None at temperatures above 0, or where it did not run.
     """
+    runs = {mode: [whole(of_repeat) for of_repeat in repeats] for mode, repeats in parts.items()}
     medians = {mode: median(run.tokens_per_second for run in of_mode) for mode, of_mode in runs.items()}
     found = []
     for mode, of_mode in runs.items():
@@ -83,6 +86,7 @@ def cells_of(place: Place, runs: Mapping[str, Sequence[Run]], reference: Answers
                 schedule_us=1e6 * _ratio(sum(run.schedule_s for run in of_mode), steps),
                 prediction_error=median(errors) if errors else None,
                 speedup=_paired(of_mode, runs.get("plain")) if mode != "plain" else None,
+                speedup_error=_error(parts[mode], parts.get("plain")) if mode != "plain" else None,
                 of_best=_paired(of_mode, runs[best]) if best is not None else None,
                 same_answers=_same(of_mode, reference),
             )
@@ -107,6 +111,29 @@ def _paired(runs: Sequence[Run], others: Sequence[Run] | None) -> float | None:
     pairs = zip(runs, others, strict=True)
     ratios = [_ratio(run.tokens_per_second, other.tokens_per_second) for run, other in pairs]
     return median(ratios)
+
+
+def _error(repeats: Sequence[Sequence[Run]], others: Sequence[Sequence[Run]] | None) -> float | None:
+    """Standard error of the ratio of speeds.
+
+    A part's ratio differs from repeat to repeat by the machine's noise (and, above temperature 0, by what is drawn);
+    that parts differ from each other, as prompts do, is no error. So: the variance of the logarithm within parts, over
+    how many ratios there are.
+    """
+    if others is None or len(repeats) < 2:
+        return None
+    ratios = [
+        [_ratio(part.tokens_per_second, other.tokens_per_second) for part, other in zip(*of_repeat, strict=True)]
+        for of_repeat in zip(repeats, others, strict=True)
+    ]
+    by_part = [[math.log(ratio) for ratio in of_part if ratio > 0] for of_part in zip(*ratios, strict=True)]
+    by_part = [of_part for of_part in by_part if len(of_part) > 1]
+    if not by_part:
+        return None
+    within = sum(variance(of_part) * (len(of_part) - 1) for of_part in by_part)
+    freedom, count = sum(len(of_part) - 1 for of_part in by_part), sum(map(len, by_part))
+    typical = math.exp(sum(map(sum, by_part)) / count)
+    return typical * math.sqrt(within / freedom / count)
 
 
 def _same(runs: Sequence[Run], reference: Answers | None) -> float | None:

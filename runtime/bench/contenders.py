@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from types import TracebackType
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from dspark_edge.runtime.scheduled_policy import StreamScheduling
 from dspark_edge.runtime.scheduling import Costs
 from dspark_edge.runtime.statistics import EngineStatistics
 
-__all__ = ["Contender", "ModelContender", "Run"]
+__all__ = ["Contender", "ModelContender", "Run", "whole"]
 
 _QUEUE = 100_000  # a run hands in all its requests at once
 
@@ -50,6 +51,23 @@ class Run:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.decode_s if self.decode_s > 0 else 0.0
+
+
+def whole(parts: Sequence[Run]) -> Run:
+    """One run of several, at least one, that belong to one repeat."""
+    errors = [part.prediction_error for part in parts if part.prediction_error is not None]
+    return Run(
+        tokens=sum(part.tokens for part in parts),
+        decode_s=sum(part.decode_s for part in parts),
+        rounds=sum(part.rounds for part in parts),
+        committed=sum(part.committed for part in parts),
+        steps=sum(part.steps for part in parts),
+        observed_s=sum(part.observed_s for part in parts),
+        parked_s=sum(part.parked_s for part in parts),
+        schedule_s=sum(part.schedule_s for part in parts),
+        prediction_error=median(errors) if errors else None,
+        answers=tuple(answer for part in parts for answer in part.answers),
+    )
 
 
 class Contender(Protocol):

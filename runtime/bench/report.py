@@ -43,6 +43,18 @@ class BenchReport:
         return tuple(cell for cell in self.cells if cell.same_answers is not None and cell.same_answers < 1)
 
     @property
+    def slower(self) -> tuple[Cell, ...]:
+        """Scheduled cells that are slower than plain decoding by more than noise, twice the standard error."""
+        return tuple(
+            cell
+            for cell in self.cells
+            if cell.mode == "scheduled"
+            and cell.speedup is not None
+            and cell.speedup_error is not None
+            and cell.speedup + 2 * cell.speedup_error < 1
+        )
+
+    @property
     def lossless(self) -> bool | None:
         """Whether all greedy answers in fp32 are plain decoding's; None where none was compared.
 
@@ -61,6 +73,8 @@ class BenchReport:
             found.append(
                 f"{_name(cell)}: {share(1 - (cell.same_answers or 0))} of the answers are not plain decoding's"
             )
+        for cell in self.slower:
+            found.append(f"{_name(cell)}: slower than plain decoding, {_speedup(cell)} of it")
         uneven = [cell for cell in self.cells if cell.spread > _UNEVEN]
         if len(uneven) * 2 > len(self.cells):
             found.append(
@@ -173,6 +187,10 @@ def _name(cell: Cell) -> str:
     )
 
 
+def _speedup(cell: Cell) -> str:
+    return number(cell.speedup) + ("" if cell.speedup_error is None else f" ± {number(cell.speedup_error)}")
+
+
 def _row(cell: Cell) -> tuple[str, ...]:
     return (
         cell.mode,
@@ -182,7 +200,7 @@ def _row(cell: Cell) -> tuple[str, ...]:
         str(cell.concurrency),
         number(cell.tokens_per_second, 1),
         share(cell.spread, 0),
-        number(cell.speedup),
+        _speedup(cell),
         number(cell.of_best),
         number(cell.accepted_length),
         share(cell.parked_share, 0),

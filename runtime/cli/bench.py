@@ -43,7 +43,7 @@ def _measure(
     device: Device,
 ) -> None:
     """Measure bundle after bundle."""
-    bench.plan(len(bundles), len(prompts) + (random > 0))
+    bench.plan(len(bundles), [*map(len, prompts.values()), *([random] if random else [])])
     for path in bundles:
         with choice.open(Bundle.open(path)) as engine:
             asked = dict(prompts)
@@ -114,7 +114,7 @@ def bench(
     facts["threads"] = device.threads
     facts["prompts"] = {domain: len(of_domain) for domain, of_domain in domains.items()}
     facts["prompts_file"] = prompts.name if prompts is not None else None
-    with counting("runs") as progress:
+    with counting("answers") as progress:
         measured = Bench(options, progress)
         try:
             _measure(measured, bundles, domains, random, choice, device)

@@ -60,8 +60,8 @@ class Plan(NamedTuple):
     """A group's decision for one round."""
 
     lengths: tuple[int, ...]  # verify length of each request
-    offers: tuple[Offer, ...]
-    proposals: tuple[Proposal, ...]  # none where nothing was drafted
+    offers: tuple[Offer, ...]  # of each request; none where nothing was drafted
+    proposals: tuple[Proposal, ...]  # the same
     draft_s: float  # predicted, of the drafter
     verify_s: float  # predicted, of target and acceptance
     plain_s: float  # predicted, had nothing been verified
@@ -162,11 +162,10 @@ class Controller:
     def plan(self, states: Sequence[SequenceState], offers: Sequence[Offer]) -> Plan:
         """Verify lengths for the group, at most what each offers."""
         contexts = [offer.context for offer in offers]
-        nothing = (0,) * len(offers)
-        plain_s = self._pricing.verify_s(nothing, contexts)
         drafted = sum(offer.drafted > 0 for offer in offers)
         if not drafted:
-            return Plan(nothing, tuple(offers), (), 0.0, plain_s, plain_s)
+            return self.plain(contexts)
+        plain_s = self._pricing.verify_s((0,) * len(offers), contexts)
         proposals = tuple(
             Proposal(
                 state.history.live(offer.confidences, offer.drafted),
@@ -188,6 +187,16 @@ class Controller:
             verify_s=self._pricing.verify_s(lengths, contexts) if any(lengths) else plain_s,
             plain_s=plain_s,
         )
+
+    def plain(self, contexts: Sequence[int]) -> Plan:
+        """The plan of a round in which nobody drafts.
+
+        Args:
+            contexts: cached tokens of each request.
+        """
+        nothing = (0,) * len(contexts)
+        seconds = self._pricing.verify_s(nothing, contexts)
+        return Plan(nothing, (), (), 0.0, seconds, seconds)
 
     def record(self, states: Sequence[SequenceState], plan: Plan, accepted: Sequence[int]) -> None:
         """Learn from a round.

@@ -120,7 +120,7 @@ def test_what_was_measured_before_an_interruption_is_reported(
 
         def run(self, *arguments: Any) -> Run:
             type(self).runs += 1
-            if type(self).runs > 2 + 2 * 2:  # the warm-up, and the first domain
+            if type(self).runs > 2 + 2 * 2 * 2:  # the warm-up, and the two prompts of the first domain
                 raise KeyboardInterrupt
             return super().run(*arguments)
 
