@@ -9,6 +9,7 @@ target's logits are the sampler's input), so nothing of vocabulary size is copie
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -19,7 +20,18 @@ from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.errors import EngineError
 from dspark_edge.engines.manifest import GraphSpec, TensorSpec
 
-__all__ = ["NUMPY_DTYPES", "Buffer", "Call", "Engine", "HostArray", "check_binding", "checked_buffer", "sized"]
+__all__ = [
+    "NUMPY_DTYPES",
+    "Buffer",
+    "Call",
+    "Engine",
+    "HostArray",
+    "check_binding",
+    "check_window",
+    "checked_buffer",
+    "item_size",
+    "sized",
+]
 
 HostArray = npt.NDArray[Any]
 
@@ -63,6 +75,10 @@ class Engine(Protocol):
         """Most rows of logits that a call of the target can give; None: as many as it has tokens."""
 
     @property
+    def most_sequences(self) -> int | None:
+        """Most sequences that can be decoded together; None: any number."""
+
+    @property
     def few_shapes(self) -> bool:
         """Whether a shape is dear when it first comes (kernels are compiled, memory is allocated): calls that may have
         any width, as a prompt's last one, are then padded to one of a few."""
@@ -72,6 +88,35 @@ class Engine(Protocol):
 
         Raises:
             EngineError: the type is not supported here, or memory is short.
+        """
+
+    @property
+    def alignment(self) -> int:
+        """Bytes of which the beginning of a window is a multiple."""
+
+    def window(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
+        """A part of a buffer's memory as a buffer of its own, in another shape; nothing is copied.
+
+        Args:
+            buffer: of this engine.
+            shape: of the window.
+            start: the first element.
+
+        Raises:
+            EngineError: the window passes the buffer's end, does not begin at the engine's alignment, or the engine
+                has no windows.
+        """
+
+    def copy(self, source: Buffer, start: int, target: Buffer, to: int, count: int) -> None:
+        """Copy elements within the engine's memory, in order with runs.
+
+        Args:
+            source, target: of one type; may be the same where the ranges do not overlap.
+            start, to: the first element in each.
+            count: elements.
+
+        Raises:
+            EngineError: the engine cannot.
         """
 
     def bind(self, role: str, buffers: Mapping[str, Buffer]) -> Call:
@@ -99,6 +144,26 @@ class Engine(Protocol):
 def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """A tensor's shape with its symbolic dimensions filled in."""
     return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
+
+
+def item_size(dtype: str) -> int:
+    """Bytes of an element."""
+    return 2 if dtype == "bfloat16" else NUMPY_DTYPES[dtype].itemsize
+
+
+def check_window(buffer: Buffer, shape: tuple[int, ...], start: int, alignment: int) -> None:
+    """Refuse a window that an engine cannot have.
+
+    Raises:
+        EngineError: see `Engine.window`.
+    """
+    if not 0 <= start <= start + prod(shape) <= prod(buffer.shape):
+        raise EngineError(
+            f"a window of {list(shape)} from element {start} passes the end of a buffer of {list(buffer.shape)}"
+        )
+    first = start * item_size(buffer.dtype)
+    if first % alignment:
+        raise EngineError(f"a window begins at byte {first} of a buffer, expected a multiple of {alignment}")
 
 
 def checked_buffer(spec: TensorSpec, buffer: Buffer, sizes: dict[str, int], where: str) -> Buffer:

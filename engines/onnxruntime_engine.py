@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dspark_edge.engines.bundle import Bundle
-from dspark_edge.engines.engine import NUMPY_DTYPES, Buffer, HostArray, check_binding
+from dspark_edge.engines.engine import NUMPY_DTYPES, Buffer, HostArray, check_binding, check_window
 from dspark_edge.engines.errors import EngineError, InvalidInputError, MissingDependencyError
 from dspark_edge.engines.machine import probe_processor
 from dspark_edge.engines.manifest import QUANTIZED_PRECISIONS
@@ -103,6 +104,10 @@ class OnnxRuntimeEngine:
         return None
 
     @property
+    def most_sequences(self) -> int | None:
+        return None if self._device == "cpu" else 1  # see `window`
+
+    @property
     def few_shapes(self) -> bool:
         return False
 
@@ -150,6 +155,18 @@ class OnnxRuntimeEngine:
                 f"not enough memory for a buffer {dtype} {list(shape)}; lower the capacity or the batch"
             ) from None
 
+    @property
+    def alignment(self) -> int:
+        return 1
+
+    def window(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> OnnxRuntimeBuffer:
+        check_window(buffer, shape, start, self.alignment)
+        array = self._memory(buffer)[start : start + prod(shape)].reshape(shape)
+        return OnnxRuntimeBuffer(self._ort.OrtValue.ortvalue_from_numpy(array), buffer.dtype, shape, array)
+
+    def copy(self, source: Buffer, start: int, target: Buffer, to: int, count: int) -> None:
+        self._memory(target)[to : to + count] = self._memory(source)[start : start + count]
+
     def bind(self, role: str, buffers: Mapping[str, Buffer]) -> OnnxRuntimeCall:
         session = self._session(role)
         graph = self._bundle.manifest.graphs[role]
@@ -174,6 +191,20 @@ class OnnxRuntimeEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @staticmethod
+    def _memory(buffer: Buffer) -> HostArray:
+        """A buffer's memory, flat.
+
+        Raises:
+            EngineError: it is a device's: ONNX Runtime's Python interface gives no part of it to a graph.
+        """
+        if not isinstance(buffer, OnnxRuntimeBuffer) or buffer.array is None:
+            raise EngineError(
+                "ONNX Runtime decodes a batch in memory of this process alone; run the bundle with the provider 'cpu', "
+                "with TensorRT engines, or one request at a time"
+            )
+        return buffer.array.reshape(-1)
 
     def _session(self, role: str) -> Any:
         session = self._sessions.get(role)

@@ -134,6 +134,19 @@ class _SamplerCall:
         return Verdict(accepted, int(buffers["next_ids"].read()[0]), tuple(log_probs))
 
 
+def prefill_width(engine: Engine, count: int, most: int, room: int) -> int:
+    """Tokens of a call that caches `count` of a prompt: a power of two where the engine wants few shapes.
+
+    Args:
+        most: of a call.
+        room: cache slots behind what is cached.
+    """
+    if not engine.few_shapes:
+        return count
+    width = min(1 << (count - 1).bit_length(), most)
+    return width if width <= room else count
+
+
 class ModelVerifier:
     """The target graph with the sampler behind it.
 
@@ -188,7 +201,7 @@ class ModelVerifier:
             start = sequence.cache_length
             chunk = token_ids[start : start + self._chunk]
             # What is written behind the chunk is overwritten, as rejected drafts are.
-            padding = [0] * (self._prefill_width(len(chunk), start) - len(chunk))
+            padding = [0] * (prefill_width(self._engine, len(chunk), self._chunk, self._capacity - start) - len(chunk))
             target = self._run_target([*chunk, *padding], start, rows=1, last=len(chunk) - 1)
             sequence.cache_length += len(chunk)
             if sequence.cache_length == len(token_ids):
@@ -201,13 +214,6 @@ class ModelVerifier:
             token_ids += [0] * (self._width - len(token_ids))
         target = self._run_target(token_ids, sequence.cache_length, rows=len(token_ids))
         return self._accept(request, target.logits, draft, verify_length)
-
-    def _prefill_width(self, count: int, start: int) -> int:
-        """Tokens of a call that caches `count` of them: a power of two where the engine wants few shapes."""
-        if not self._engine.few_shapes:
-            return count
-        width = min(1 << (count - 1).bit_length(), self._chunk)
-        return width if start + width <= self._capacity else count
 
     def _run_target(self, token_ids: Sequence[int], start: int, rows: int, last: int | None = None) -> _TargetCall:
         """Run the target over tokens at positions start …, with logits for the last `rows` of them.

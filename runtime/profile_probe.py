@@ -151,11 +151,25 @@ class EngineView:
         return self._engine.most_rows
 
     @property
+    def most_sequences(self) -> int | None:
+        return self._engine.most_sequences
+
+    @property
     def few_shapes(self) -> bool:
         return self._engine.few_shapes
 
     def allocate(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         return self._engine.allocate(dtype, shape)
+
+    @property
+    def alignment(self) -> int:
+        return self._engine.alignment
+
+    def window(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
+        return self._engine.window(buffer, shape, start)
+
+    def copy(self, source: Buffer, start: int, target: Buffer, to: int, count: int) -> None:
+        self._engine.copy(source, start, target, to, count)
 
     def bind(self, role: str, buffers: Mapping[str, Buffer]) -> Call:
         return self._engine.bind(role, buffers)

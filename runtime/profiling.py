@@ -129,11 +129,13 @@ def plan_profile(
     )
 
 
-def usual_batches(manifest: Manifest) -> tuple[int, ...]:
-    """Batches that are worth measuring of a bundle, on an engine that decodes several sequences at once."""
-    if manifest.lowering == "ort":
-        return _BATCHES
-    return tuple(batch for batch in _BATCHES if batch <= manifest.limits.max_batch)
+def usual_batches(engine: Engine) -> tuple[int, ...]:
+    """Batches that are worth measuring of an engine's bundle."""
+    manifest, most = engine.bundle.manifest, engine.most_sequences
+    exported = None if manifest.lowering == "ort" else manifest.limits.max_batch
+    return tuple(
+        batch for batch in _BATCHES if all(limit is None or batch <= limit for limit in (most, exported))
+    )
 
 
 def profile_engine(

@@ -173,24 +173,41 @@ class ScheduledPolicy:
         self._controller, self._costs, self._greedy, self._width = controller, costs, greedy, width
         self._states = (controller.join(),)
         self._plan: Plan | None = None
+        self._prediction: Prediction | None = None
+        self._rest = 0  # rounds to come that are as the last one was
+        self._rested = 0  # that the controller was not told of
 
     def wants_draft(self, context: int) -> bool:
+        if self._rest:
+            return False
+        if self._rested:
+            self._controller.rested(self._states, self._rested)
+            self._rested = 0
         return self._controller.drafting(self._states, (context,))[0]
 
     def verify_length(self, draft: Draft, room: int, context: int) -> int:
-        offer = Offer(min(len(draft.token_ids), room), draft.confidences, context, self._greedy)
-        self._plan = self._controller.plan(self._states, (offer,))
-        return self._plan.lengths[0]
+        if self._rest:
+            return 0
+        if draft.token_ids:
+            offer = Offer(min(len(draft.token_ids), room), draft.confidences, context, self._greedy)
+            plan = self._controller.plan(self._states, (offer,))
+        else:
+            plan = self._controller.plain((context,))
+        self._plan, self._prediction = plan, Prediction(plan.draft_s, plan.verify_s, plan.plain_s)
+        return plan.lengths[0]
 
     def predicted_s(self) -> Prediction | None:
-        plan = self._plan
-        return None if plan is None else Prediction(plan.draft_s, plan.verify_s, plan.plain_s)
+        return self._prediction
 
     def learn(self, record: Round) -> None:
+        if self._rest:
+            self._rest -= 1
+            self._rested += 1
+            return
         if self._plan is None:
             return
         if record.drafted:
             self._costs.observe_draft(1, record.position, record.draft_s)
         width = self._width or 1 + record.verify_length
         self._costs.observe_verification(1, width, record.position, record.verify_s)
-        self._controller.record(self._states, self._plan, (record.accepted_length - 1,))
+        self._rest = self._controller.record(self._states, self._plan, (record.accepted_length - 1,))

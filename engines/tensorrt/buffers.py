@@ -4,6 +4,8 @@ A buffer's content is on the device. Small buffers, which hold the integers of a
 size, through which the host writes and reads them; on a device that shares the host's memory (Jetson) they are that
 pinned memory, and nothing is copied. Large ones are rarely looked into, and get pinned memory for just so long.
 
+A window is a part of a buffer: its content is the buffer's, and so is what is known of copies to and from the host.
+
 Nothing here waits without need: a small buffer remembers the number of the last piece of work in the stream that
 touches its host memory, and waits for that one alone.
 """
@@ -24,10 +26,13 @@ from dspark_edge.engines.engine import NUMPY_DTYPES, HostArray
 from dspark_edge.engines.errors import EngineError
 from dspark_edge.engines.tensorrt.cuda import Cuda, HostMemory, Stream
 
-__all__ = ["SMALL", "DeviceBuffer"]
+__all__ = ["ALIGNMENT", "SMALL", "DeviceBuffer", "DeviceWindow"]
 
 SMALL = 16 << 10
 """Bytes up to which a buffer is one that the host looks into; what a call writes into it is copied at once."""
+
+ALIGNMENT = 256
+"""Bytes of which TensorRT wants every tensor's address to be a multiple (its documentation, `setTensorAddress`)."""
 
 _STORED: Mapping[str, np.dtype[Any]] = {**NUMPY_DTYPES, "bfloat16": np.dtype(np.uint16)}
 _ITEM_SIZES = {name: dtype.itemsize for name, dtype in _STORED.items()}
@@ -79,7 +84,7 @@ class DeviceBuffer:
             raise EngineError("CUDA maps no host memory for the device")
         self.pointer = pointer
         # Made once: a round writes and reads a dozen of them.
-        self._array = self._view(self._memory.host) if self._memory.host is not None else None
+        self._array = self._view(self._memory.host, shape) if self._memory.host is not None else None
 
     @property
     def small(self) -> bool:
@@ -100,9 +105,7 @@ class DeviceBuffer:
     def write(self, values: npt.ArrayLike) -> None:
         host = self._memory.host
         if host is None or self._array is None:
-            with self._staging() as staging:
-                self._fill(self._view(staging), values)
-                self._stream.wait(self._stream.to_device(self.pointer, staging))
+            self.write_part(0, self.shape, values)
             return
         self._stream.wait(self._busy)
         self._fill(self._array, values)
@@ -111,14 +114,35 @@ class DeviceBuffer:
             self._busy = self._stream.to_device(self.pointer, host)
 
     def read(self) -> HostArray:
-        if self._array is None:
-            with self._staging() as staging:
-                self._stream.wait(self._stream.to_host(staging, self.pointer))
-                return self._numbers(self._view(staging).copy())
-        if self._stale:
-            self.fetch()
+        return self.read_part(0, self.shape) if self._array is None else self._numbers(self._fetched(self._array))
+
+    def write_part(self, first: int, shape: tuple[int, ...], values: npt.ArrayLike) -> None:
+        """Write to elements from `first` on, in this shape."""
+        begin, host = first * _ITEM_SIZES[self.dtype], self._memory.host
+        if host is None:
+            with self._staging(shape) as staging:
+                self._fill(self._view(staging, shape), values)
+                self._stream.wait(self._stream.to_device(self.pointer + begin, staging))
+            return
+        part = host.part(begin, prod(shape) * _ITEM_SIZES[self.dtype])
         self._stream.wait(self._busy)
-        return self._numbers(self._array)
+        self._fill(self._view(part, shape), values)
+        if not self._shared:  # the other elements may be newer there than here
+            self._busy = self._stream.to_device(self.pointer + begin, part)
+
+    def read_part(self, first: int, shape: tuple[int, ...]) -> HostArray:
+        """Elements from `first` on, in this shape."""
+        begin, host = first * _ITEM_SIZES[self.dtype], self._memory.host
+        if host is None:
+            with self._staging(shape) as staging:
+                self._stream.wait(self._stream.to_host(staging, self.pointer + begin))
+                return self._numbers(self._view(staging, shape).copy())
+        part = host.part(begin, prod(shape) * _ITEM_SIZES[self.dtype])
+        return self._numbers(self._fetched(self._view(part, shape)))
+
+    def window(self, shape: tuple[int, ...], start: int) -> DeviceWindow:
+        """Elements from `start` on, in this shape."""
+        return DeviceWindow(self, shape, start)
 
     def fetch(self) -> None:
         """Have a small buffer's content copied to the host; `read` waits for it."""
@@ -144,17 +168,25 @@ class DeviceBuffer:
         self._array = None
         self._release()
 
+    def _fetched(self, array: HostArray) -> HostArray:
+        """The same array of host memory, when it has what the device has."""
+        if self._stale:
+            self.fetch()
+        self._stream.wait(self._busy)
+        return array
+
     @contextmanager
-    def _staging(self) -> Iterator[HostMemory]:
-        """Pinned memory for one copy, which has to end inside."""
-        memory = self._cuda.allocate_host(max(1, self._size), mapped=False)
+    def _staging(self, shape: tuple[int, ...]) -> Iterator[HostMemory]:
+        """Pinned memory for one copy of so many elements, which has to end inside."""
+        memory = self._cuda.allocate_host(max(1, prod(shape) * _ITEM_SIZES[self.dtype]), mapped=False)
         try:
             yield memory
         finally:
             self._cuda.free_host(memory)
 
-    def _view(self, memory: HostMemory) -> HostArray:
-        array: HostArray = memory.bytes[: self._size].view(_STORED[self.dtype]).reshape(self.shape)
+    def _view(self, memory: HostMemory, shape: tuple[int, ...]) -> HostArray:
+        size = prod(shape) * _ITEM_SIZES[self.dtype]
+        array: HostArray = memory.bytes[:size].view(_STORED[self.dtype]).reshape(shape)
         return array
 
     def _fill(self, stored: HostArray, values: npt.ArrayLike) -> None:
@@ -168,3 +200,42 @@ class DeviceBuffer:
         if self.dtype != "bfloat16":
             return stored
         return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+class DeviceWindow:
+    """Some elements of a buffer, in another shape. Keeps the buffer.
+
+    Args:
+        buffer: whose they are.
+        shape: of the window.
+        start: the first element.
+    """
+
+    def __init__(self, buffer: DeviceBuffer, shape: tuple[int, ...], start: int) -> None:
+        self.dtype, self.shape = buffer.dtype, shape
+        self._buffer, self._start = buffer, start
+        self._begin = start * _ITEM_SIZES[buffer.dtype]
+        self.pointer = buffer.pointer + self._begin
+
+    @property
+    def small(self) -> bool:
+        return self._buffer.small
+
+    @property
+    def host_pointer(self) -> int:
+        return self._buffer.host_pointer + self._begin
+
+    def write(self, values: npt.ArrayLike) -> None:
+        self._buffer.write_part(self._start, self.shape, values)
+
+    def read(self) -> HostArray:
+        return self._buffer.read_part(self._start, self.shape)
+
+    def window(self, shape: tuple[int, ...], start: int) -> DeviceWindow:
+        return DeviceWindow(self._buffer, shape, self._start + start)
+
+    def fetch(self) -> None:
+        self._buffer.fetch()
+
+    def used(self, number: int, *, written: bool, fetched: bool) -> None:
+        self._buffer.used(number, written=written, fetched=fetched)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dspark_edge.engines.errors import EngineError
-from dspark_edge.engines.tensorrt.buffers import DeviceBuffer
+from dspark_edge.engines.tensorrt.buffers import DeviceBuffer, DeviceWindow
 from dspark_edge.engines.tensorrt.cuda import CudaGraph, Stream
 from dspark_edge.engines.tensorrt.profiles import ShapeProfile
 
@@ -67,8 +67,8 @@ class TensorRTCall:
         context: Context,
         log: Any,
         shapes: Mapping[str, tuple[int, ...]],
-        inputs: Mapping[str, DeviceBuffer],
-        outputs: Mapping[str, DeviceBuffer],
+        inputs: Mapping[str, DeviceBuffer | DeviceWindow],
+        outputs: Mapping[str, DeviceBuffer | DeviceWindow],
     ) -> None:
         self._stream, self._loaded, self._context, self._log = stream, loaded, context, log
         self._shapes = shapes

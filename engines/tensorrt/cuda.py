@@ -34,6 +34,11 @@ class HostMemory:
     device_pointer: int | None  # the device's address of it, where it is mapped
     bytes: npt.NDArray[np.uint8]  # [size], a view of it
 
+    def part(self, begin: int, size: int) -> HostMemory:
+        """Some bytes of it."""
+        device_pointer = None if self.device_pointer is None else self.device_pointer + begin
+        return HostMemory(self.pointer + begin, device_pointer, self.bytes[begin : begin + size])
+
 
 @dataclass(frozen=True, slots=True)
 class CudaGraph:

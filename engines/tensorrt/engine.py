@@ -14,11 +14,11 @@ from types import TracebackType
 from typing import Any
 
 from dspark_edge.engines.bundle import Bundle
-from dspark_edge.engines.engine import Buffer, check_binding, sized
+from dspark_edge.engines.engine import Buffer, check_binding, check_window, item_size, sized
 from dspark_edge.engines.errors import BundleError, EngineError
 from dspark_edge.engines.manifest import GraphSpec
 from dspark_edge.engines.replace_file import replace_file
-from dspark_edge.engines.tensorrt.buffers import DeviceBuffer
+from dspark_edge.engines.tensorrt.buffers import ALIGNMENT, DeviceBuffer, DeviceWindow
 from dspark_edge.engines.tensorrt.calls import Context, LoadedEngine, TensorRTCall
 from dspark_edge.engines.tensorrt.cuda import Cuda, Stream, open_cuda
 from dspark_edge.engines.tensorrt.flavour import Flavour, load_flavour
@@ -77,6 +77,10 @@ class TensorRTEngine:
         return self._record.sizes.widest
 
     @property
+    def most_sequences(self) -> int:
+        return self._record.sizes.max_batch
+
+    @property
     def few_shapes(self) -> bool:
         return True
 
@@ -85,10 +89,26 @@ class TensorRTEngine:
         self._buffers.add(buffer)
         return buffer
 
+    @property
+    def alignment(self) -> int:
+        return ALIGNMENT
+
+    def window(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> DeviceWindow:
+        check_window(buffer, shape, start, self.alignment)
+        return _own("a window", buffer).window(shape, start)
+
+    def copy(self, source: Buffer, start: int, target: Buffer, to: int, count: int) -> None:
+        taken, given, size = _own("a copy", source), _own("a copy", target), item_size(source.dtype)
+        number = self._stream.on_device(given.pointer + to * size, taken.pointer + start * size, count * size)
+        taken.used(number, written=False, fetched=False)
+        given.used(number, written=True, fetched=False)
+
     def bind(self, role: str, buffers: Mapping[str, Buffer]) -> TensorRTCall:
         loaded = self._engine(role)
         graph = self._bundle.manifest.graphs[role]
-        outputs = {name: _own(role, buffer) for name, buffer in check_binding(role, graph, buffers).items()}
+        outputs: dict[str, DeviceBuffer | DeviceWindow] = {
+            name: _own(role, buffer) for name, buffer in check_binding(role, graph, buffers).items()
+        }
         inputs = {spec.name: _own(role, buffers[spec.name]) for spec in graph.inputs}
         sizes = _symbolic_sizes(graph, inputs)
         number = loaded.profile(sizes)
@@ -249,13 +269,13 @@ class TensorRTEngine:
             replace_file(self._folder / _RUNTIME_CACHE, bytes(self._kernels.serialize()))
 
 
-def _own(role: str, buffer: Buffer) -> DeviceBuffer:
-    if not isinstance(buffer, DeviceBuffer):
+def _own(role: str, buffer: Buffer) -> DeviceBuffer | DeviceWindow:
+    if not isinstance(buffer, DeviceBuffer | DeviceWindow):
         raise EngineError(f"{role}: a buffer of another engine was given ({type(buffer).__name__})")
     return buffer
 
 
-def _symbolic_sizes(graph: GraphSpec, inputs: Mapping[str, DeviceBuffer]) -> dict[str, int]:
+def _symbolic_sizes(graph: GraphSpec, inputs: Mapping[str, DeviceBuffer | DeviceWindow]) -> dict[str, int]:
     """The sizes that a graph's inputs leave open."""
     return {
         size: given

@@ -10,7 +10,7 @@ import numpy as np
 from dspark_edge.engines.engine import Buffer, Engine, sized
 from dspark_edge.runtime import model
 from dspark_edge.runtime.batching.grouping import runs
-from dspark_edge.runtime.batching.windows import row_window
+from dspark_edge.runtime.batching.windows import InputRows
 from dspark_edge.runtime.round import Candidates, Request, Verdict
 
 __all__ = ["Judge"]
@@ -88,17 +88,22 @@ class _Sampler:
 
     def __init__(self, engine: Engine, key: _Key, logits: Buffer, candidates: Candidates) -> None:
         graph = engine.bundle.manifest.graphs[key.role]
-        given = {
-            "logits": row_window(logits, key.row, key.count),
-            "draft_ids": row_window(candidates.draft_ids, key.slot, key.count),
-            "candidate_ids": row_window(candidates.candidate_ids, key.slot, key.count),
-            "candidate_probs": row_window(candidates.candidate_probs, key.slot, key.count),
+        sources = {
+            "logits": (logits, key.row),
+            "draft_ids": (candidates.draft_ids, key.slot),
+            "candidate_ids": (candidates.candidate_ids, key.slot),
+            "candidate_probs": (candidates.candidate_probs, key.slot),
         }
         sizes = {"batch": key.count, "rows": key.rows}
-        self._buffers = {
-            spec.name: given.get(spec.name) or engine.allocate(spec.dtype, sized(spec, sizes))
-            for spec in (*graph.inputs, *graph.outputs)
-        }
+        self._buffers: dict[str, Buffer] = {}
+        self._given: list[InputRows] = []
+        for spec in (*graph.inputs, *graph.outputs):
+            if spec.name in sources:  # of which the greedy graph takes some alone
+                rows = InputRows(engine, *sources[spec.name], key.count)
+                self._given.append(rows)
+                self._buffers[spec.name] = rows.buffer
+            else:
+                self._buffers[spec.name] = engine.allocate(spec.dtype, sized(spec, sizes))
         self._call = engine.bind(key.role, self._buffers)
         self._shape = (key.count, key.rows)
         self._vocabulary = logits.shape[2]
@@ -107,6 +112,8 @@ class _Sampler:
 
     def accept(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Verdict]:
         buffers = self._buffers
+        for rows in self._given:
+            rows.refresh()
         buffers["verify_lengths"].write(lengths)
         if self._drawing:
             self._draw(requests, lengths)

@@ -97,10 +97,11 @@ class BatchGenerator:
         execution: str = "auto",
         bit_exact: bool = False,
         costs: Costs | Mapping[str, Costs] | None = None,
-        provider: str = "cpu",
+        engine: str = "onnxruntime",
+        provider: str | None = None,
         threads: int | None = None,
     ) -> BatchGenerator:
-        """Open a bundle and run it with ONNX Runtime.
+        """Open a bundle and run it.
 
         Args:
             path: the bundle's folder.
@@ -108,8 +109,7 @@ class BatchGenerator:
                 static elsewhere.
             verify_length, slots, queue, prefill_chunk, execution, bit_exact: see `BatchOptions`.
             costs: what calls cost on this device, of all kinds of sampling or by sampler role; None: as profiled.
-            provider: "cpu", or the full name of an ONNX Runtime provider that shares the CPU's memory.
-            threads: threads on the CPU; None: all cores.
+            engine, provider, threads: see `EngineChoice`; an ONNX Runtime provider has to share the CPU's memory.
 
         Raises:
             BundleError, EngineError, InvalidInputError: see there; InvalidInputError also where mode is "scheduled"
@@ -120,15 +120,15 @@ class BatchGenerator:
 
         # checked before a graph is read
         wanted = BatchOptions("static", None, slots, queue, prefill_chunk, execution, bit_exact)
-        choice = EngineChoice(provider=provider, threads=threads)
-        engine = choice.open(Bundle.open(path))
+        choice = EngineChoice(engine, provider, threads)
+        opened = choice.open(Bundle.open(path))
         try:
             if costs is None:
-                costs = device_costs(engine.bundle, choice.device(), mode, verify_length)
-            parts = assemble(engine, wanted, mode, verify_length, costs)
-            return cls(parts.executor, PromptEncoder.of(engine.bundle), parts.options, parts.policy)
+                costs = device_costs(opened.bundle, choice.device(), mode, verify_length)
+            parts = assemble(opened, wanted, mode, verify_length, costs)
+            return cls(parts.executor, PromptEncoder.of(opened.bundle), parts.options, parts.policy)
         except BaseException:
-            engine.close()
+            opened.close()
             raise
 
     @property

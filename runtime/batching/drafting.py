@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Protocol
 
+import numpy as np
+
 from dspark_edge.engines.engine import Buffer, Call, Engine, sized
 from dspark_edge.runtime.batching.slots import SlotCaches
 from dspark_edge.runtime.batching.windows import row_window
@@ -48,7 +50,8 @@ class GraphDrafter:
         caches: of all slots.
         slots: sequences.
         together: whether one call may draft for several: then one call spans all slots from the first that drafts to
-            the last, and runs along for those in between.
+            the last, and runs along for those in between; from slot 0 where the engine has no window that begins
+            within its outputs.
         calibration: what makes chances of the confidence logits; None takes the logits at their word.
     """
 
@@ -70,8 +73,8 @@ class GraphDrafter:
         self._candidates = Candidates(
             *(self._buffers[name] for name in ("draft_ids", "candidate_ids", "candidate_probs"))
         )
-        self._noise = [row_window(self._buffers["noise"], slot, 1) for slot in range(slots)]
-        self._noisy = [False] * slots  # whether there is any in the buffer
+        self._slots = slots
+        self._noise = np.zeros(self._buffers["noise"].shape, np.float32)  # what the buffer has
         self._calls: dict[tuple[int, int], Call] = {}
         self._version = caches.version
         self._bind(0, 1)  # loads the graph
@@ -93,7 +96,7 @@ class GraphDrafter:
             return drafts
         # Who runs along at the end of its cache has drafted for the last time: what becomes of it is of no interest.
         positions = [min(start, last) for start in starts]
-        spans = [(ready[0], ready[-1] - ready[0] + 1)] if self._together else [(slot, 1) for slot in ready]
+        spans = self._spans(ready)
         for first, count in spans:
             self._caches.ensure(max(positions[first : first + count]) + self._block_size)
         self._write(requests, positions, ready)
@@ -103,6 +106,7 @@ class GraphDrafter:
             call = known or self._bind(first, count)
             started = perf_counter()
             call.run()
+            self._engine.synchronize()
             if observer is not None and known is not None:  # a first run takes longer than others
                 context = max(positions[first : first + count])
                 observer.observe_draft(count, context, perf_counter() - started)
@@ -120,21 +124,30 @@ class GraphDrafter:
             confidences = scaling.confidences(logits)
         return Draft(token_ids, logits, self._candidates, confidences)
 
+    def _spans(self, ready: Sequence[int]) -> list[tuple[int, int]]:
+        """(first slot, slots) of each call."""
+        if not self._together:
+            return [(slot, 1) for slot in ready]
+        first = ready[0] if self._engine.alignment == 1 else 0
+        return [(first, ready[-1] - first + 1)]
+
     def _write(self, requests: Sequence[Request], positions: Sequence[int], ready: Sequence[int]) -> None:
         """Fill the inputs; only those who draft draw random numbers."""
-        buffers = self._buffers
-        row_window(buffers["anchor_ids"], 0, len(requests)).write([request.sequence.anchor for request in requests])
-        row_window(buffers["cache_lengths"], 0, len(requests)).write(positions)
+        buffers, idle = self._buffers, [0] * (self._slots - len(requests))
+        buffers["anchor_ids"].write([*(request.sequence.anchor for request in requests), *idle])
+        buffers["cache_lengths"].write([*positions, *idle])
         temperatures = [request.params.temperature for request in requests]
-        row_window(buffers["temperature"], 0, len(requests)).write(temperatures)
+        buffers["temperature"].write([*temperatures, *idle])
+        changed = False
         for slot in ready:
             if temperatures[slot] > 0:
-                noise = requests[slot].random.gumbels(1, self._block_size, self._num_candidates)
-                self._noise[slot].write(noise)
-                self._noisy[slot] = True
-            elif self._noisy[slot]:
-                self._noise[slot].write(0.0)
-                self._noisy[slot] = False
+                self._noise[slot] = requests[slot].random.gumbels(1, self._block_size, self._num_candidates)[0]
+                changed = True
+            elif self._noise[slot].any():
+                self._noise[slot] = 0.0
+                changed = True
+        if changed:
+            buffers["noise"].write(self._noise)
 
     def _calls_now(self) -> dict[tuple[int, int], Call]:
         if self._version != self._caches.version:
@@ -143,7 +156,7 @@ class GraphDrafter:
         return self._calls
 
     def _bind(self, first: int, count: int) -> Call:
-        buffers = {name: row_window(buffer, first, count) for name, buffer in self._buffers.items()}
+        buffers = {name: row_window(self._engine, buffer, first, count) for name, buffer in self._buffers.items()}
         call = self._engine.bind("drafter", {**buffers, **self._caches.rows(self._graph, first, count)})
         self._calls_now()[first, count] = call
         return call
@@ -167,10 +180,7 @@ class LookupDrafter:
             engine.allocate("float32", (slots, block_size, 1)),
         )
         self._candidates.candidate_probs.write(1.0)
-        self._rows = [
-            (row_window(self._candidates.draft_ids, slot, 1), row_window(self._candidates.candidate_ids, slot, 1))
-            for slot in range(slots)
-        ]
+        self._drafts = np.zeros((slots, block_size), np.int64)  # what the candidates have
         self._indices: dict[int, tuple[TokenSequence, NgramIndex]] = {}  # by identity of the sequence, which is kept
 
     @property
@@ -190,6 +200,9 @@ class LookupDrafter:
             self._look_up(slot, sequence) if wanted else NO_DRAFT
             for slot, (sequence, wanted) in enumerate(zip(sequences, drafting, strict=True))
         ]
+        if any(draft.token_ids for draft in drafts):
+            self._candidates.draft_ids.write(self._drafts)
+            self._candidates.candidate_ids.write(self._drafts[..., None])
         if observer is not None and any(drafting):
             longest = max(sequence.cache_length for sequence in sequences)
             observer.observe_draft(sum(drafting), longest, perf_counter() - started)
@@ -201,8 +214,5 @@ class LookupDrafter:
         token_ids = index.continuation(sequence.token_ids, self._block_size)
         if not token_ids:
             return NO_DRAFT
-        padded = [*token_ids, *[0] * (self._block_size - len(token_ids))]
-        draft_ids, candidate_ids = self._rows[slot]
-        draft_ids.write(padded)
-        candidate_ids.write([[token] for token in padded])
+        self._drafts[slot] = [*token_ids, *[0] * (self._block_size - len(token_ids))]
         return Draft(token_ids, None, self._candidates)

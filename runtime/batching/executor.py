@@ -96,7 +96,7 @@ class ModelExecutor:
 
     Raises:
         BundleError: the bundle's calibration is damaged.
-        EngineError: a graph cannot be loaded, memory is short, the engine's memory cannot be viewed from here, or the
+        EngineError: a graph cannot be loaded, memory is short, the engine has no windows, or the
             grouping's width is fixed and the backend does not give a token the same bits in each row.
     """
 
@@ -143,7 +143,7 @@ class ModelExecutor:
     def prefill(self, slot: int, request: Request, count: int) -> Verdict | None:
         sequence = request.sequence
         start = sequence.cache_length
-        logits = self._target.run(slot, [sequence.token_ids[start : start + count]], [start], rows=1)
+        logits = self._target.prefill(slot, sequence.token_ids[start : start + count], start)
         sequence.cache_length = start + count
         if sequence.cache_length < len(sequence.token_ids):
             return None

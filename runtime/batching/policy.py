@@ -139,21 +139,83 @@ class GroupScheduling:
     ) -> None:
         known: Mapping[str, Costs] = costs if isinstance(costs, Mapping) else dict.fromkeys(SAMPLER_ROLES, costs)
         self._kinds = kinds_of(known, pricing, block_size, scheduler, parking, calibration)
+        self._rest: _Resting | None = None
 
     def join(self, params: SamplingParams, group: int) -> SequenceState | None:
         return self._kinds[params.sampler_role].controller.join(group)
 
     def decide(self, members: Sequence[Member]) -> Decision:
+        rest = self._rest
+        if rest is not None:
+            if rest.left and rest.is_of(members):
+                return rest
+            rest.end()
+            self._rest = None
         present = {member.params.sampler_role for member in members}
         dearest = next(role for role in reversed(SAMPLER_ROLES) if role in present)
         kind = self._kinds[dearest]
-        return _Scheduled(kind.controller, kind.costs, members)
+        return _Scheduled(kind.controller, kind.costs, members, self._begin_rest)
+
+    def _begin_rest(self, rest: _Resting) -> None:
+        self._rest = rest
+
+
+class _Resting:
+    """Rounds of a group that decodes plainly, as in the round before; see `Controller.record`.
+
+    Args:
+        controller: is told in the end.
+        states: of the group's requests.
+        plan: of the round before.
+        left: rounds that need no decision.
+    """
+
+    observer = None
+
+    def __init__(self, controller: Controller, states: Sequence[SequenceState], plan: Plan, left: int) -> None:
+        self._controller, self._states, self._plan = controller, states, plan
+        self._prediction = Prediction(plan.draft_s, plan.verify_s, plan.plain_s)
+        self.left, self._taken = left, 0
+        self.drafting = (False,) * len(states)
+
+    def is_of(self, members: Sequence[Member]) -> bool:
+        """Whether these are the same requests."""
+        states = self._states
+        return len(members) == len(states) and all(
+            member.state is state for member, state in zip(members, states, strict=True)
+        )
+
+    def lengths(self, drafts: Sequence[Draft]) -> tuple[int, ...]:
+        return self._plan.lengths
+
+    def prediction(self) -> Prediction | None:
+        return self._prediction
+
+    def learn(self, accepted: Sequence[int]) -> None:
+        self.left -= 1
+        self._taken += 1
+
+    def end(self) -> None:
+        """Tell the controller."""
+        if self._taken:
+            self._controller.rested(self._states, self._taken)
 
 
 class _Scheduled:
-    """One round of a group; see `Controller`."""
+    """One round of a group; see `Controller`.
 
-    def __init__(self, controller: Controller, costs: CorrectedCosts, members: Sequence[Member]) -> None:
+    Args:
+        begin_rest: is given the rounds that follow, where they need no decision.
+    """
+
+    def __init__(
+        self,
+        controller: Controller,
+        costs: CorrectedCosts,
+        members: Sequence[Member],
+        begin_rest: Callable[[_Resting], None],
+    ) -> None:
+        self._begin_rest = begin_rest
         self._controller, self._costs, self._members = controller, costs, members
         self._states = [member.state for member in members if member.state is not None]
         self._contexts = [member.context for member in members]
@@ -192,5 +254,9 @@ class _Scheduled:
         return None if plan is None else Prediction(plan.draft_s, plan.verify_s, plan.plain_s)
 
     def learn(self, accepted: Sequence[int]) -> None:
-        if self._plan is not None:
-            self._controller.record(self._states, self._plan, accepted)
+        plan = self._plan
+        if plan is None:
+            return
+        rest = self._controller.record(self._states, plan, accepted)
+        if rest:
+            self._begin_rest(_Resting(self._controller, self._states, plan, rest))

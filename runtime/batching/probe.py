@@ -31,7 +31,7 @@ class BatchProbe:
         clock: seconds.
 
     Raises:
-        EngineError: the engine's memory cannot be viewed from here.
+        EngineError: the engine has no windows on its memory.
         BundleError: the bundle's calibration is damaged.
     """
 

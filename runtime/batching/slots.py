@@ -29,8 +29,10 @@ class SlotCaches:
     """
 
     def __init__(self, engine: Engine, slots: int) -> None:
+        self._engine = engine
         self._caches = Caches(engine, engine.bundle.manifest.limits.capacity, slots)
         self._windows: dict[tuple[str, int, int], Buffer] = {}
+        self._spares: dict[tuple[str, tuple[int, ...]], Buffer] = {}  # by type and shape; for exchanges
         self._windows_version = self._caches.version
 
     @property
@@ -60,16 +62,21 @@ class SlotCaches:
         """The windows on `count` rows that a graph takes as its caches."""
         if self._windows_version != self.version:
             self._windows.clear()
+            self._spares.clear()
             self._windows_version = self.version
         taken = {}
         for name, buffer in self._caches.of(graph).items():
             key = (name, first, count)
             if key not in self._windows:
-                self._windows[key] = row_window(buffer, first, count)
+                self._windows[key] = row_window(self._engine, buffer, first, count)
             taken[name] = self._windows[key]
         return taken
 
     def exchange(self, one: int, other: int, lengths: tuple[int, int]) -> None:
         """Exchange two rows' content, as far as it is valid (`lengths`; 0: free)."""
         for buffer in self._caches.buffers.values():
-            exchange_rows(buffer, one, other, lengths)
+            key = (buffer.dtype, buffer.shape[2:])
+            spare = self._spares.get(key)
+            if spare is None:
+                spare = self._spares[key] = self._engine.allocate(*key)
+            exchange_rows(self._engine, buffer, spare, one, other, lengths)

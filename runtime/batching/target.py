@@ -10,7 +10,7 @@ import numpy as np
 from dspark_edge.engines.engine import Buffer, Call, Engine
 from dspark_edge.runtime.batching.prefill_pace import chunk_sizes
 from dspark_edge.runtime.batching.slots import SlotCaches
-from dspark_edge.runtime.batching.windows import window
+from dspark_edge.runtime.model import prefill_width
 
 __all__ = ["TargetCalls"]
 
@@ -24,6 +24,7 @@ class _Bound:
     call: Call
     input_ids: Buffer  # [B, W]
     cache_lengths: Buffer  # [B]
+    logit_rows: Buffer  # [B, N]
     logits: Buffer  # [B, N, V]
 
 
@@ -44,12 +45,28 @@ class TargetCalls:
         self._engine, self._caches = engine, caches
         self._graph = manifest.graphs["target"]
         self._vocabulary = manifest.target.vocab_size
+        self._most, self._limit = prefill_chunk, manifest.limits.capacity
         self._widest, self._chunks = manifest.drafter.block_size + 1, chunk_sizes(prefill_chunk)
         self._logits = engine.allocate("float32", (slots, self._widest, self._vocabulary))
         self._calls: dict[_Key, _Bound] = {}
         self._version = caches.version
         self.bindings = 0  # made so far: a call that makes one takes longer than others
         self._bind((0, 1, 1, 1))  # loads the graph here, so that neither its time nor its errors fall on a request
+
+    def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> Buffer:
+        """Cache some of a prompt's tokens behind the `start` that are cached, with logits for the last of them.
+
+        Returns:
+            [1, 1, V] float32 logits; valid until the next run.
+        """
+        # What is written behind the chunk is overwritten, as rejected drafts are.
+        count = len(token_ids)
+        padding = [0] * (prefill_width(self._engine, count, self._most, self._limit - start) - count)
+        bound = self._bound(slot, [[*token_ids, *padding]], [start], rows=1)
+        if self._engine.few_shapes:
+            bound.logit_rows.write(count - 1)
+        bound.call.run()
+        return bound.logits
 
     def run(self, first: int, token_ids: Sequence[Sequence[int]], starts: Sequence[int], rows: int) -> Buffer:
         """Run tokens behind what is cached of each sequence.
@@ -63,6 +80,12 @@ class TargetCalls:
         Returns:
             [B, rows, V] float32 logits; valid until the next run.
         """
+        bound = self._bound(first, token_ids, starts, rows)
+        bound.call.run()
+        return bound.logits
+
+    def _bound(self, first: int, token_ids: Sequence[Sequence[int]], starts: Sequence[int], rows: int) -> _Bound:
+        """The call for these tokens, which are in its inputs."""
         width = len(token_ids[0])
         self._caches.ensure(max(starts) + width)
         if self._version != self._caches.version:
@@ -72,8 +95,7 @@ class TargetCalls:
         bound = self._calls.get(key) or self._bind(key)
         bound.input_ids.write(token_ids)
         bound.cache_lengths.write(starts)
-        bound.call.run()
-        return bound.logits
+        return bound
 
     def _bind(self, key: _Key) -> _Bound:
         first, count, width, rows = key
@@ -82,7 +104,7 @@ class TargetCalls:
         logit_rows = allocate("int64", (count, rows))
         logit_rows.write(np.arange(width - rows, width))
         input_ids, cache_lengths = allocate("int64", (count, width)), allocate("int64", (count,))
-        logits = window(self._logits, (count, rows, self._vocabulary))
+        logits = self._engine.window(self._logits, (count, rows, self._vocabulary))
         buffers = {
             "input_ids": input_ids,
             "cache_lengths": cache_lengths,
@@ -90,7 +112,7 @@ class TargetCalls:
             "logits": logits,
             **self._caches.rows(self._graph, first, count),
         }
-        bound = _Bound(self._engine.bind("target", buffers), input_ids, cache_lengths, logits)
-        if width <= self._widest or width in self._chunks:  # a prompt's last chunk has any width: not kept
+        bound = _Bound(self._engine.bind("target", buffers), input_ids, cache_lengths, logit_rows, logits)
+        if width <= self._widest or width in self._chunks or self._engine.few_shapes:  # a prompt's last chunk has any width: not kept
             self._calls[key] = bound
         return bound

@@ -1,61 +1,71 @@
-"""Windows: a part of a buffer's memory as a buffer of its own.
+"""Rows of buffers.
 
 Caches, logits and drafts of all slots are one allocation each. A call for some neighbouring slots is bound to their
-part of it; nothing is copied into a batch, or out of one.
+part of it; nothing is copied into a batch, or out of one, but where an engine wants memory to begin at a multiple of
+some bytes and a row does not.
 """
 
 from __future__ import annotations
 
-import math
+from math import prod
 
-from dspark_edge.engines.engine import Buffer
-from dspark_edge.engines.errors import EngineError
-from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeBuffer
+from dspark_edge.engines.engine import Buffer, Engine, item_size
 
-__all__ = ["exchange_rows", "row_window", "window"]
+__all__ = ["InputRows", "exchange_rows", "row_window"]
 
 
-def window(buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
-    """The memory of a buffer from one of its elements on, in another shape.
-
-    Args:
-        buffer: contiguous, as every engine allocates.
-        shape: of the window.
-        start: the first element.
+def row_window(engine: Engine, buffer: Buffer, first: int, count: int) -> Buffer:
+    """Rows `first` … `first + count − 1` of the buffer's first dimension.
 
     Raises:
-        EngineError: the buffer has no host memory that can be viewed, or the window passes its end.
+        EngineError: the engine has no such window.
     """
-    if not isinstance(buffer, OnnxRuntimeBuffer) or buffer.array is None:
-        raise EngineError(
-            "decoding a batch needs an engine whose buffers are memory of this process; run the bundle with the "
-            "provider 'cpu', or one request at a time"
-        )
-    flat, size = buffer.array.reshape(-1), math.prod(shape)
-    if not 0 <= start <= start + size <= flat.size:
-        raise EngineError(
-            f"a window of {list(shape)} from element {start} passes the end of a buffer of {list(buffer.shape)}"
-        )
-    from onnxruntime import OrtValue
-
-    array = flat[start : start + size].reshape(shape)
-    return OnnxRuntimeBuffer(OrtValue.ortvalue_from_numpy(array), buffer.dtype, shape, array)
-
-
-def row_window(buffer: Buffer, first: int, count: int) -> Buffer:
-    """Rows `first` … `first + count − 1` of the buffer's first dimension."""
     inner = buffer.shape[1:]
-    return window(buffer, (count, *inner), first * math.prod(inner))
+    return engine.window(buffer, (count, *inner), first * prod(inner))
 
 
-def exchange_rows(buffer: Buffer, one: int, other: int, lengths: tuple[int, int]) -> None:
+class InputRows:
+    """Rows of a buffer as a graph's input: a window, or a copy where the engine has no window that begins there.
+
+    Args:
+        engine: has the buffer.
+        source: the buffer.
+        first, count: the rows.
+    """
+
+    def __init__(self, engine: Engine, source: Buffer, first: int, count: int) -> None:
+        inner = source.shape[1:]
+        self._engine, self._source = engine, source
+        self._start, self._count = first * prod(inner), count * prod(inner)
+        self._copied = self._start * item_size(source.dtype) % engine.alignment != 0
+        if self._copied:
+            self.buffer = engine.allocate(source.dtype, (count, *inner))
+        else:
+            self.buffer = row_window(engine, source, first, count)
+
+    def refresh(self) -> None:
+        """Bring a copy up to date; before every run."""
+        if self._copied:
+            self._engine.copy(self._source, self._start, self.buffer, 0, self._count)
+
+
+def exchange_rows(
+    engine: Engine, buffer: Buffer, spare: Buffer, one: int, other: int, lengths: tuple[int, int]
+) -> None:
     """Exchange what two rows of a cache [B, H, C, D] hold.
 
     Args:
+        spare: [C, D] of the same type; is overwritten.
         one, other: the rows.
         lengths: valid cache slots of each; what is behind them is not moved. 0: the row is free.
     """
-    first, second = row_window(buffer, one, 1).read()[0], row_window(buffer, other, 1).read()[0]
-    kept = first[:, : lengths[0]].copy()
-    first[:, : lengths[1]] = second[:, : lengths[1]]
-    second[:, : lengths[0]] = kept
+    _, heads, capacity, size = buffer.shape
+    of_one, of_other = (length * size for length in lengths)
+    for head in range(heads):
+        first, second = ((row * heads + head) * capacity * size for row in (one, other))
+        if of_one:
+            engine.copy(buffer, first, spare, 0, of_one)
+        if of_other:
+            engine.copy(buffer, second, buffer, first, of_other)
+        if of_one:
+            engine.copy(spare, 0, buffer, second, of_one)

@@ -96,7 +96,7 @@ class ModelContender:
 
     Raises:
         InvalidInputError: the mode does not fit the bundle, or is scheduled without costs.
-        EngineError: memory is short, or cannot be viewed from here, which several requests at a time need.
+        EngineError: memory is short, or the engine has no windows on it, which several requests at a time need.
     """
 
     def __init__(self, engine: Engine, mode: Mode, concurrency: int, costs: Mapping[str, Costs] | None) -> None:

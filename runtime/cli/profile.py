@@ -198,10 +198,9 @@ def _write_picture(profile: Profile, picture: Path | None, beside: Path) -> Path
 
 def _measure(bundle: Bundle, choice: EngineChoice, given: Mapping[str, Any]) -> Profile:
     budget_s = _BUDGET_S if given["budget"] is None else given["budget"]
-    # Elsewhere batches are decoded by other means than windows on the host's memory.
-    batches = given["batches"] or (usual_batches(bundle.manifest) if choice.on_cpu else ())
-    plan = plan_profile(bundle.manifest, given["widths"], given["contexts"], batches, budget_s)
     with choice.open(bundle) as engine, _progress() as progress:
+        batches = given["batches"] or usual_batches(engine)
+        plan = plan_profile(bundle.manifest, given["widths"], given["contexts"], batches, budget_s)
         device = choice.device()
         check_writable(bundle, device)
         return profile_engine(engine, plan, device, progress)

@@ -41,10 +41,14 @@ __all__ = ["Controller", "Offer", "Plan", "SequenceState"]
 _OUTCOME_SHARE = 0.6
 # What the engine knows of whether drafting pays: the last fifty or so drafted rounds of its sequences.
 _ENGINE_MEMORY = 0.98
-# A drift of the costs by this (logarithm) since plain decoding was last timed calls for a plain round ...
-_DOUBT = 0.25
+# A drift of the costs by this (logarithm) since plain decoding was last timed calls for a plain round. Where drafting
+# gains little it is a matter of a few percent: with 0.25, int4 code was drafted for whole answers at a loss of 8 % ...
+_DOUBT = 0.1
 # ... but not for many: it may be that nothing is timed at that size.
 _ROUNDS_BETWEEN_CHECKS = 8
+# Behind a round without a draft, most rounds that are not decided on. The model has pushed all this out of the caches
+# when it is asked again: a decision takes 0.2 ms then, five times as long as in a loop of its own.
+_MOST_REST = 3
 
 
 class Offer(NamedTuple):
@@ -198,25 +202,25 @@ class Controller:
         seconds = self._pricing.verify_s(nothing, contexts)
         return Plan(nothing, (), (), 0.0, seconds, seconds)
 
-    def record(self, states: Sequence[SequenceState], plan: Plan, accepted: Sequence[int]) -> None:
+    def record(self, states: Sequence[SequenceState], plan: Plan, accepted: Sequence[int]) -> int:
         """Learn from a round.
 
         Args:
             states: of the group's requests, as given to `plan`.
             plan: the round's.
             accepted: draft tokens of each request that were accepted.
+
+        Returns:
+            How many rounds the same group may rest now: decode plainly, without a decision or a look at the clock.
+            What comes of it is the same plan; `rested` is told afterwards.
         """
-        self._rounds_since_check += 1
         options = self._options
+        if not plan.proposals:
+            return self._pass(states, 1)
+        self._rounds_since_check += 1
         if options is not None:
             earned = options.probe_share * len(states)
             self._allowance = min(self._allowance + earned, options.most_allowance)
-        if not plan.proposals:
-            if options is not None:
-                for state in states:
-                    if state.parking.parked:
-                        state.parking = state.parking.after_parked_round(options)
-            return
         size = len(states).bit_length()
         known = self._evidence_of(len(states))
         for state, offer, round_, proposal, length, count in zip(
@@ -235,8 +239,31 @@ class Controller:
                     self._allowance = min(self._allowance + won, options.most_allowance)
                 state.parking = state.parking.after_drafted_round(round_, options)
             elif options is not None and state.parking.parked:
-                state.parking = state.parking.after_parked_round(options)
+                state.parking = state.parking.after_parked_rounds(1, options)
         self._evidence[size] = known
+        return 0
+
+    def rested(self, states: Sequence[SequenceState], rounds: int) -> None:
+        """So many rounds have passed without a decision, at most as many as `record` allowed."""
+        self._pass(states, rounds)
+
+    def _pass(self, states: Sequence[SequenceState], rounds: int) -> int:
+        """Rounds in which nobody drafted; how many more may be passed in the same way."""
+        self._rounds_since_check += rounds
+        options = self._options
+        if options is None:
+            return 0
+        earned = options.probe_share * len(states) * rounds
+        self._allowance = min(self._allowance + earned, options.most_allowance)
+        rest = _MOST_REST
+        for state in states:
+            parking = state.parking
+            if parking.parked:
+                parking = state.parking = parking.after_parked_rounds(rounds, options)
+                rest = min(rest, parking.remaining)
+            elif not parking.probing:  # it has paused for a look at plain decoding
+                rest = 0
+        return rest
 
     def _evidence_of(self, group: int) -> Evidence:
         """Whether drafting pays in groups of about this size: what recent rounds say, or a calibration."""

@@ -119,7 +119,10 @@ class CorrectedCosts:
 
     def observe_target(self, batch: int, width: int, context: int, seconds: float) -> None:
         """A target call took so long."""
-        logarithm = _log_ratio(seconds, self.base.target_s(batch, width, context))
+        self._observe_target(batch, width, context, seconds, self.base.target_s(batch, width, context))
+
+    def _observe_target(self, batch: int, width: int, context: int, seconds: float, profiled: float) -> None:
+        logarithm = _log_ratio(seconds, profiled)
         if logarithm is None:
             return
         found = self._deviations.setdefault(_bucket("target", batch, width, context), _Deviation())
@@ -141,10 +144,13 @@ class CorrectedCosts:
 
     def observe_verification(self, batch: int, width: int, context: int, seconds: float) -> None:
         """Target and acceptance together took so long: the acceptance as long as predicted, the target the rest."""
-        target, sampler = self.target_s(batch, width, context), self.sampler_s(batch, width)
+        profiled = self.base.target_s(batch, width, context)
+        drift = self._plain if width == 1 else self._verifying
+        target = profiled * drift.factor * self._own_factor(_bucket("target", batch, width, context))
+        sampler = self.sampler_s(batch, width)
         share = target / (target + sampler) if target + sampler > 0 else 1.0
         # Where the acceptance is most of it, the rest would be noise, or negative: both by their shares then.
-        self.observe_target(batch, width, context, max(seconds - sampler, seconds * share / 2))
+        self._observe_target(batch, width, context, max(seconds - sampler, seconds * share / 2), profiled)
 
     def target_doubt(self, batch: int, width: int, context: int) -> float:
         """How far the drift has been guessed since such a target call was observed: |logarithm| of a ratio."""

@@ -136,9 +136,10 @@ class Parking(NamedTuple):
         """Whether it waits for a probe to be paid."""
         return self.probing and self.remaining == 0
 
-    def after_parked_round(self, options: ParkingOptions) -> Parking:
-        """The state after a round without a draft, by choice."""
-        return self._replace(remaining=max(self.remaining - 1, 0), evidence=self.evidence.fade(options.memory))
+    def after_parked_rounds(self, rounds: int, options: ParkingOptions) -> Parking:
+        """The state after rounds without a draft, by choice."""
+        faded = self.evidence.fade(options.memory**rounds)
+        return Parking(faded, self.wait, max(self.remaining - rounds, 0), self.probing, self.bank)
 
     def after_drafted_round(self, round_: Evidence, options: ParkingOptions) -> Parking:
         """The state after a round with a draft.

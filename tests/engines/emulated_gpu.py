@@ -214,7 +214,10 @@ class _Context:
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
-        return True
+        gpu = self._engine.trt.gpu
+        blocks = {**gpu.host, **gpu.device}.items()
+        # Real allocations begin at multiples of 256 bytes; these do not.
+        return any((address - at) % 256 == 0 for at, memory in blocks if at <= address < at + len(memory))
 
     def is_stream_capturable(self, stream: int) -> bool:
         return self._engine.trt.capturable

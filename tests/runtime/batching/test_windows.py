@@ -13,7 +13,8 @@ from dspark_edge.engines.errors import EngineError
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeBuffer, OnnxRuntimeEngine
 from dspark_edge.runtime import model
 from dspark_edge.runtime.batching.slots import SlotCaches
-from dspark_edge.runtime.batching.windows import exchange_rows, row_window, window
+from dspark_edge.runtime.batching.windows import InputRows, exchange_rows, row_window
+from dspark_edge.runtime.profile_probe import EngineView
 
 
 @pytest.fixture
@@ -24,33 +25,51 @@ def engine(bundle_dir: Path) -> Iterator[OnnxRuntimeEngine]:
 
 def test_a_window_is_the_same_memory(engine: OnnxRuntimeEngine) -> None:
     whole = engine.allocate("float32", (4, 3, 2))
-    part = row_window(whole, 1, 2)
+    part = row_window(engine, whole, 1, 2)
     part.write(np.arange(12).reshape(2, 3, 2))
     assert whole.read()[0].sum() == whole.read()[3].sum() == 0
     assert whole.read()[1:3].ravel().tolist() == list(range(12))
-    assert window(part, (2, 2), start=4).read().tolist() == [[4, 5], [6, 7]]
+    assert engine.window(part, (2, 2), start=4).read().tolist() == [[4, 5], [6, 7]]
     assert isinstance(part, OnnxRuntimeBuffer) and part.value.numpy().tolist() == part.read().tolist()
 
 
 def test_a_window_stays_inside(engine: OnnxRuntimeEngine) -> None:
     with pytest.raises(EngineError, match=r"a window of \[2, 2\] from element 3 passes the end of a buffer of \[6\]"):
-        window(engine.allocate("int64", (6,)), (2, 2), start=3)
+        engine.window(engine.allocate("int64", (6,)), (2, 2), start=3)
 
 
-def test_memory_of_another_device_has_no_windows() -> None:
+def test_memory_of_another_device_has_no_windows(engine: OnnxRuntimeEngine) -> None:
     with pytest.raises(EngineError, match="run the bundle with the provider 'cpu'"):
-        window(OnnxRuntimeBuffer(None, "float32", (2,), None), (1,))
+        engine.window(OnnxRuntimeBuffer(None, "float32", (2,), None), (1,))
+
+
+def test_rows_that_no_window_begins_at_are_copied(engine: OnnxRuntimeEngine) -> None:
+    class Aligned(EngineView):
+        alignment = 16  # type: ignore[assignment]
+
+    whole = engine.allocate("int64", (4, 3))
+    whole.write(np.arange(12).reshape(4, 3))
+    copied, viewed = InputRows(Aligned(engine), whole, 1, 2), InputRows(Aligned(engine), whole, 2, 2)
+    copied.refresh()
+    viewed.refresh()
+    assert copied.buffer.read().ravel().tolist() == [*range(3, 9)]
+    assert viewed.buffer.read().ravel().tolist() == [*range(6, 12)]
+    whole.write(7)
+    assert viewed.buffer.read().min() == 7 and copied.buffer.read().max() == 8
+    copied.refresh()
+    assert copied.buffer.read().min() == 7
 
 
 def test_rows_are_exchanged_as_far_as_they_are_valid(engine: OnnxRuntimeEngine) -> None:
     caches = engine.allocate("float32", (3, 2, 5, 1))
     for row in range(3):
         caches.read()[row] = 10 * row + np.arange(5)[:, None]
-    exchange_rows(caches, 0, 2, (2, 4))
+    spare = engine.allocate("float32", (5, 1))
+    exchange_rows(engine, caches, spare, 0, 2, (2, 4))
     assert caches.read()[0, 1, :4, 0].tolist() == [20, 21, 22, 23]
     assert caches.read()[2, 1, :2, 0].tolist() == [0, 1]
     assert caches.read()[1, 0, :, 0].tolist() == [10, 11, 12, 13, 14]
-    exchange_rows(caches, 1, 0, (0, 3))  # into a free row
+    exchange_rows(engine, caches, spare, 1, 0, (0, 3))  # into a free row
     assert caches.read()[1, 0, :3, 0].tolist() == [20, 21, 22]
 
 

@@ -20,7 +20,7 @@ def drafted_rounds(state: Parking, round_: Evidence, rounds: int) -> list[int]:
     drafted = []
     for index in range(rounds):
         if state.parked:
-            state = state.after_parked_round(OPTIONS)
+            state = state.after_parked_rounds(1, OPTIONS)
         else:
             drafted.append(index)
             state = state.after_drafted_round(round_, OPTIONS)
@@ -68,14 +68,14 @@ def test_a_few_good_rounds_pay_for_many() -> None:
     state, parked = start(NOTHING_KNOWN, OPTIONS), 0
     for round_ in rounds:
         parked += state.parked
-        state = state.after_parked_round(OPTIONS) if state.parked else state.after_drafted_round(round_, OPTIONS)
+        state = state.after_parked_rounds(1, OPTIONS) if state.parked else state.after_drafted_round(round_, OPTIONS)
     assert parked == 0
 
 
 def test_a_probe_decides_by_itself() -> None:
     state = Parking(Evidence(10.0, 13.5), 64, 32, True)
     while state.parked:
-        state = state.after_parked_round(OPTIONS)
+        state = state.after_parked_rounds(1, OPTIONS)
     assert not state.after_drafted_round(Evidence(1.8, 1.5), OPTIONS).parked
     assert state.after_drafted_round(Evidence(1.5, 1.5), OPTIONS).remaining == 64
 
