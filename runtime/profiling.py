@@ -133,9 +133,7 @@ def usual_batches(engine: Engine) -> tuple[int, ...]:
     """Batches that are worth measuring of an engine's bundle."""
     manifest, most = engine.bundle.manifest, engine.most_sequences
     exported = None if manifest.lowering == "ort" else manifest.limits.max_batch
-    return tuple(
-        batch for batch in _BATCHES if all(limit is None or batch <= limit for limit in (most, exported))
-    )
+    return tuple(batch for batch in _BATCHES if all(limit is None or batch <= limit for limit in (most, exported)))
 
 
 def profile_engine(

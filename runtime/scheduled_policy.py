@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from time import perf_counter
 
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.errors import InvalidInputError
@@ -206,8 +207,11 @@ class ScheduledPolicy:
             return
         if self._plan is None:
             return
+        started = perf_counter()
         if record.drafted:
             self._costs.observe_draft(1, record.position, record.draft_s)
         width = self._width or 1 + record.verify_length
         self._costs.observe_verification(1, width, record.position, record.verify_s)
         self._rest = self._controller.record(self._states, self._plan, (record.accepted_length - 1,))
+        if record.drafted:
+            self._controller.observe_overhead(record.schedule_s + perf_counter() - started)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Protocol
 
 from dspark_edge.engines.profile import SAMPLER_ROLES
@@ -215,6 +216,7 @@ class _Scheduled:
         members: Sequence[Member],
         begin_rest: Callable[[_Resting], None],
     ) -> None:
+        started = perf_counter()
         self._begin_rest = begin_rest
         self._controller, self._costs, self._members = controller, costs, members
         self._states = [member.state for member in members if member.state is not None]
@@ -224,6 +226,7 @@ class _Scheduled:
             wanted = tuple(wants and member.room > 0 for wants, member in zip(wanted, members, strict=True))
         self._drafting = wanted
         self._plan: Plan | None = None
+        self._spent_s = perf_counter() - started
 
     @property
     def drafting(self) -> tuple[bool, ...]:
@@ -237,6 +240,7 @@ class _Scheduled:
         if not any(self._drafting):  # most rounds where drafting does not pay: nothing is to be weighed
             self._plan = self._controller.plain(self._contexts)
             return self._plan.lengths
+        started = perf_counter()
         offers = [
             Offer(
                 min(len(draft.token_ids), member.room),
@@ -247,6 +251,7 @@ class _Scheduled:
             for draft, member in zip(drafts, self._members, strict=True)
         ]
         self._plan = self._controller.plan(self._states, offers)
+        self._spent_s += perf_counter() - started
         return self._plan.lengths
 
     def prediction(self) -> Prediction | None:
@@ -257,6 +262,9 @@ class _Scheduled:
         plan = self._plan
         if plan is None:
             return
+        started = perf_counter()
         rest = self._controller.record(self._states, plan, accepted)
+        if plan.proposals:
+            self._controller.observe_overhead(self._spent_s + perf_counter() - started)
         if rest:
             self._begin_rest(_Resting(self._controller, self._states, plan, rest))

@@ -113,6 +113,8 @@ class TargetCalls:
             **self._caches.rows(self._graph, first, count),
         }
         bound = _Bound(self._engine.bind("target", buffers), input_ids, cache_lengths, logit_rows, logits)
-        if width <= self._widest or width in self._chunks or self._engine.few_shapes:  # a prompt's last chunk has any width: not kept
+        if (
+            width <= self._widest or width in self._chunks or self._engine.few_shapes
+        ):  # a prompt's last chunk has any width: not kept
             self._calls[key] = bound
         return bound

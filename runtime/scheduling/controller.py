@@ -106,8 +106,14 @@ class Controller:
         self._conditionals = conditionals
         self._evidence: dict[int, Evidence] = {}  # by size of the group, within a factor of two
         self._allowance = 0.0 if options is None else options.most_allowance  # plain tokens that probes may cost
+        self._overhead_s = 0.0  # a drafted round
         self._target_doubt = target_doubt
         self._rounds_since_check = _ROUNDS_BETWEEN_CHECKS
+
+    def observe_overhead(self, seconds: float) -> None:
+        """Deciding and learning took so long in a round with a draft: it is charged to drafting."""
+        share = 1 - _ENGINE_MEMORY if self._overhead_s else 1.0
+        self._overhead_s += share * (seconds - self._overhead_s)
 
     def gain(self, group: int = 1) -> float:
         """Tokens a second by those of plain decoding, over recent drafted rounds of groups of about this size."""
@@ -152,7 +158,7 @@ class Controller:
             if joins and not willing:
                 break
             price = costs.draft_s(willing + 1, context)
-            more = (price - paid) * tokens_by_second
+            more = (price - paid + (0.0 if willing else self._overhead_s)) * tokens_by_second
             hopeful = willing > 0 and states[index].history.expected[0] > 2 * more
             if not hopeful:
                 # One that costs more than can be saved is paid for afterwards.
@@ -224,7 +230,13 @@ class Controller:
         size = len(states).bit_length()
         known = self._evidence_of(len(states))
         for state, offer, round_, proposal, length, count in zip(
-            states, plan.offers, round_evidence(plan, accepted), plan.proposals, plan.lengths, accepted, strict=True
+            states,
+            plan.offers,
+            round_evidence(plan, accepted, self._overhead_s),
+            plan.proposals,
+            plan.lengths,
+            accepted,
+            strict=True,
         ):
             if offer.drafted:
                 confidences = offer.confidences and offer.confidences[: offer.drafted]
@@ -290,7 +302,7 @@ class Controller:
             return forecast_evidence(
                 conditionals,
                 [plain_s + (price - plain_s) * each for price in prices],
-                self._pricing.costs.draft_s(drafters, 0) * each,
+                (self._pricing.costs.draft_s(drafters, 0) + self._overhead_s) * each,
             )
 
         return max(map(of, {1, group}), key=lambda evidence: evidence.gain)
@@ -320,7 +332,7 @@ def _probed(length: int, state: SequenceState, offer: Offer) -> int:
     return length
 
 
-def round_evidence(plan: Plan, accepted: Sequence[int]) -> tuple[Evidence, ...]:
+def round_evidence(plan: Plan, accepted: Sequence[int], overhead_s: float = 0.0) -> tuple[Evidence, ...]:
     """Whether drafting paid, request by request; (1, 1) where nothing was drafted.
 
     The time beyond a plain step is divided among those who drafted: drafting in equal parts, verification in
@@ -330,6 +342,7 @@ def round_evidence(plan: Plan, accepted: Sequence[int]) -> tuple[Evidence, ...]:
     Args:
         plan: the round's.
         accepted: draft tokens of each request that were accepted; all that counts where a drafter has no confidences.
+        overhead_s: of deciding and learning, which counts as drafting.
     """
     claims = [sum(one.survivals[:length]) for one, length in zip(plan.proposals, plan.lengths, strict=True)]
     gains = [
@@ -338,7 +351,7 @@ def round_evidence(plan: Plan, accepted: Sequence[int]) -> tuple[Evidence, ...]:
     ]
     drafted, claimed = sum(offer.drafted > 0 for offer in plan.offers), sum(claims)
     by_second = len(plan.offers) / plan.plain_s  # tokens of plain decoding
-    draft = plan.draft_s * by_second / drafted if drafted else 0.0
+    draft = (plan.draft_s + overhead_s) * by_second / drafted if drafted else 0.0
     wider = (plan.verify_s - plan.plain_s) * by_second
     return tuple(
         Evidence(1 + gain, 1 + draft + (wider * claim / claimed if claimed else 0.0))

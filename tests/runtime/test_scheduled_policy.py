@@ -16,11 +16,22 @@ from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.engines.profile import Profile
 from dspark_edge.engines.profile_device import probe_device
 from dspark_edge.runtime import Generator, GeneratorOptions, SamplingParams
+from dspark_edge.runtime.batching.policy import GroupScheduling, Member
 from dspark_edge.runtime.calibration import Calibration, CalibrationData, Fit, Scaling
 from dspark_edge.runtime.profiling import plan_profile, profile_engine
-from dspark_edge.runtime.round import Round
+from dspark_edge.runtime.round import NO_DRAFT, Round
 from dspark_edge.runtime.scheduled_policy import mean_conditionals
-from dspark_edge.runtime.scheduling import EarlyStop, Lagged, LookAhead, Scheduler, Static
+from dspark_edge.runtime.scheduling import (
+    Controller,
+    EarlyStop,
+    Evidence,
+    Lagged,
+    LookAhead,
+    Parking,
+    Scheduler,
+    Serial,
+    Static,
+)
 
 from .scripted import TableCosts, Unobserved
 
@@ -141,3 +152,44 @@ def test_the_calibration_says_what_to_expect() -> None:
     assert mean_conditionals(calibration, 0.9) == (0.5, 0.2, 0.2)
     assert mean_conditionals(None, 0.0) is None
     assert mean_conditionals(Calibration.identity(3), 0.0) is None
+
+
+def test_most_parked_rounds_are_neither_decided_nor_timed(
+    bundle_dir: Path, record: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    for name in ("plain", "rested"):
+        whole = getattr(Controller, name)
+        monkeypatch.setattr(
+            Controller, name, lambda *given, name=name, whole=whole: (asked.append(name), whole(*given))[1]
+        )
+    with opened(bundle_dir, DEAR) as (generator, rounds):
+        said = generator.generate(record["samples"][0]["prompt"], LONG).statistics
+    plain = sum(not one.drafted for one in rounds)
+    assert plain > 40
+    assert plain / 4 <= asked.count("plain") <= plain / 4 + 2 * said.drafted_rounds + 2
+    assert all(one.prediction is not None and one.prediction.verify_s == 1.0 for one in rounds if not one.drafted)
+
+
+def test_a_group_rests_as_long_as_it_stays_the_same() -> None:
+    policy = GroupScheduling(DEAR, Serial, 7)
+    params = SamplingParams(temperature=0.0)
+    members = [Member(params, policy.join(params, 2), 100, 50) for _ in range(2)]
+    for member in members:
+        assert member.state is not None
+        member.state.parking = Parking(Evidence(0.5, 1.0), 64, 40, True)
+
+    def decode(of: list[Member]) -> bool:
+        """One plain round; whether it was decided on."""
+        decision = policy.decide(of)
+        assert decision.drafting == (False,) * len(of)
+        assert decision.lengths([NO_DRAFT] * len(of)) == (0,) * len(of)
+        said = decision.prediction()
+        assert said is not None and said.verify_s == len(of) * 1.0
+        decision.learn([0] * len(of))
+        return decision.observer is not None
+
+    assert [decode(members) for _ in range(6)] == [True, False, False, False, True, False]
+    assert [decode(members[:1]) for _ in range(2)] == [True, False]  # the other one has ended
+    waits = [member.state.parking.remaining for member in members if member.state is not None]
+    assert waits == [40 - 7, 40 - 6]  # the last round's rest is told of when it ends

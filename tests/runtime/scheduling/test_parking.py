@@ -264,3 +264,50 @@ def test_a_plain_round_finds_out_what_plain_decoding_costs_by_now() -> None:
     doubt = 0.5
     assert controller.drafting(states, [CONTEXT]) == (False,)
     assert controller.drafting(states, [CONTEXT]) == (True,)  # one, even if nothing came of it
+
+
+def test_a_parked_group_may_rest_until_the_first_wait_ends() -> None:
+    controller = make_controller(Device(table([10.0, 11.0]), draft=3.0), [0.05] * 7)
+    states = [controller.join() for _ in range(3)]
+    states[0].parking = Parking(NOTHING_KNOWN, 64, 30, True)
+    states[1].parking = Parking(NOTHING_KNOWN, 8, 3, True)
+    states[2].parking = Parking(NOTHING_KNOWN, 8, 0, True)  # it waits until a probe can be paid
+    plan = controller.plain([CONTEXT] * 3)
+    assert controller.record(states, plan, [0] * 3) == 2
+    controller.rested(states, 2)
+    assert [state.parking.remaining for state in states] == [27, 0, 0]
+    assert controller.record(states[:1], plan, [0]) == 3  # never longer than that
+
+
+def test_rounds_of_rest_count_as_others_do() -> None:
+    device = Device(table([10.0, 11.0]), draft=3.0)
+    one, other = (make_controller(device, [0.05] * 7) for _ in range(2))
+    state, same = one.join(), other.join()
+    state.parking = same.parking = Parking(Evidence(1.0, 2.0), 64, 30, True)
+    plan = one.plain([CONTEXT])
+    for _ in range(4):
+        one.record([state], plan, [0])
+    other.record([same], plan, [0])
+    other.rested([same], 3)
+    assert same.parking.evidence == pytest.approx(state.parking.evidence)
+    assert same.parking._replace(evidence=NOTHING_KNOWN) == state.parking._replace(evidence=NOTHING_KNOWN)
+    assert other._allowance == pytest.approx(one._allowance) and other._rounds_since_check == one._rounds_since_check
+
+
+def test_nobody_rests_who_drafts_or_only_looks_at_plain_decoding() -> None:
+    controller = make_controller(Device(table([10.0, 11.0]), draft=3.0), [0.9] * 7)
+    state = controller.join()
+    assert not state.parking.parked
+    assert controller.record([state], controller.plain([CONTEXT]), [0]) == 0
+    plan = controller.plan([state], [Offer(7, (0.9,) * 7, CONTEXT, True)])
+    assert controller.record([state], plan, plan.lengths) == 0
+
+
+def test_what_deciding_takes_is_charged_to_drafting() -> None:
+    controller = make_controller(Device(table([10.0, 11.0]), draft=3.0), [0.05] * 7)
+    plan = controller.plan([controller.join()], [Offer(7, (0.9,) * 7, CONTEXT, True)])
+    (free,), (charged,) = round_evidence(plan, (3,)), round_evidence(plan, (3,), overhead_s=plan.plain_s / 2)
+    assert charged.tokens == free.tokens and charged.plain_tokens == pytest.approx(free.plain_tokens + 0.5)
+    before = controller.gain(4)
+    controller.observe_overhead(plan.plain_s)
+    assert controller.gain(2) < before  # of a size of group that nothing was known of
