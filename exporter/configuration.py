@@ -94,6 +94,7 @@ class DrafterConfig:
     confidence: bool
     confidence_with_markov: bool
     draft_vocab_size: int | None = None  # P, the tokens that it drafts; None: all of the vocabulary
+    confidence_with_draft_probs: bool = False  # whether the confidence head sees how sure the draft's distribution is
 
     @property
     def head_size(self) -> int:
@@ -253,7 +254,8 @@ def _read_draft_vocab_size(reader: _Reader, vocab_size: int) -> int | None:
 
 
 def read_drafter_config(config: Mapping[str, Any], source: str) -> DrafterConfig:
-    """Read a drafter's configuration (DeepSpec format, and `draft_vocab_size` as an addition to it).
+    """Read a drafter's configuration (DeepSpec format, and as additions to it `draft_vocab_size` and
+    `confidence_head_with_draft_probs`).
 
     Raises:
         CheckpointError: the architecture or an option of it is unknown, or a value is missing or malformed.
@@ -289,6 +291,7 @@ def read_drafter_config(config: Mapping[str, Any], source: str) -> DrafterConfig
         confidence=confidence,
         confidence_with_markov=with_markov,
         draft_vocab_size=_read_draft_vocab_size(reader, backbone.vocab_size),
+        confidence_with_draft_probs=confidence and reader.flag("confidence_head_with_draft_probs"),
     )
 
 

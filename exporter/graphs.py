@@ -71,6 +71,7 @@ def _context_shape(drafter: DrafterConfig | None) -> DrafterConfig | None:
         confidence=False,
         confidence_with_markov=False,
         draft_vocab_size=None,
+        confidence_with_draft_probs=False,
     )
 
 

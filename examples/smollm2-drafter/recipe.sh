@@ -112,11 +112,18 @@ python "$here/pick.py" fifth "$work/fifth.jsonl" \
     --warm-start "$work/fourth" --count "$work/subject-responses.jsonl" --count "$work/own-responses.jsonl" \
     --count "$work/lengthy-responses.jsonl" --count "$work/routine-responses.jsonl" --held-out 0.02 --steps 1000
 
-# Last the confidence head alone, on answers that nothing above was trained on.
-[ -e "$work/drafter/model.safetensors" ] || dspark-edge train --target "$target" \
-    --responses "$work/confidence.jsonl" -o "$work/drafter" --warm-start "$work/fifth" --only confidence \
-    --confidence-target outcome --optimizer adamw --learning-rate 0.002 --warmup 20 --short-share 0 \
-    --batch 8 --anchors 32 --steps 340 --held-out 0.1 --evaluate-every 85 --checkpoint-every 85
+# Last the confidence head alone, on answers that nothing above was trained on: first as the reference's, then with a
+# look at the draft's own distribution, on all but the written prompts.
+python "$here/pick.py" confidence "$work/unwritten.jsonl" "$work"/{aside,problem,library,more,unseen}-responses.jsonl \
+    --unseen "$work/second.jsonl" --unseen "$work/third.jsonl" --unseen "$work/fourth.jsonl"
+judge() {
+    dspark-edge train --target "$target" --only confidence --confidence-target outcome --optimizer adamw --warmup 20 \
+        --short-share 0 --batch 8 --anchors 32 --held-out 0.1 --checkpoint-every 85 "$@"
+}
+[ -e "$work/blind/model.safetensors" ] || judge --responses "$work/confidence.jsonl" -o "$work/blind" \
+    --warm-start "$work/fifth" --no-confidence-draft-probs --learning-rate 0.002 --steps 340 --evaluate-every 85
+[ -e "$work/drafter/model.safetensors" ] || judge --responses "$work/unwritten.jsonl" -o "$work/drafter" \
+    --warm-start "$work/blind" --learning-rate 0.005 --steps 400 --evaluate-every 100
 
 [ -e "$work/bundle" ] || dspark-edge export --target "$target" --drafter "$work/drafter" -o "$work/bundle"
 dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl"

@@ -13,7 +13,28 @@ from dspark_edge.exporter import operators
 from dspark_edge.exporter.configuration import DrafterConfig
 from dspark_edge.exporter.modules.layers import DecoderLayer, Embedding, Projection, RMSNorm, RotaryTable, row_positions
 
-__all__ = ["Drafter", "MarkovHead"]
+__all__ = ["PEAK_FEATURES", "PEAK_LOGITS", "Drafter", "MarkovHead", "peak_features"]
+
+PEAK_FEATURES = 3
+PEAK_LOGITS = 16
+"""Largest logits that `peak_features` looks at: what is behind them changes next to nothing."""
+
+
+def peak_features(best: torch.Tensor) -> torch.Tensor:
+    """How sure a draft distribution is of its likeliest token: what a confidence head is told of it.
+
+    It depends on the tokens drafted before, not on the one that is drawn: so a confidence made of it says nothing of
+    that one, and verifying by it is lossless (see docs/scheduling.md).
+
+    Args:
+        best: [..., M] its largest logits, falling; at least two.
+
+    Returns:
+        [..., 3]: the log-probability of the likeliest among them, its lead over the second (logits), its probability.
+    """
+    first = best[..., :1]
+    log_prob = -(best - first).exp().sum(dim=-1, keepdim=True).log()
+    return torch.cat((log_prob, first - best[..., 1:2], log_prob.exp()), dim=-1)
 
 
 class MarkovHead(nn.Module):
@@ -96,6 +117,9 @@ class Drafter(nn.Module):
         self.block_size, self.mask_token_id = config.block_size, config.mask_token_id
         self.candidates, self.pool = candidates, pool
         self.confidence_with_markov = config.confidence_with_markov
+        self.confidence_with_draft_probs = config.confidence_with_draft_probs
+        # Of a pool there are no others.
+        self.peak_logits = min(PEAK_LOGITS, config.head_size, config.head_size if pool is None else pool)
         self.embed_tokens = Embedding(backbone.vocab_size, backbone.hidden_size, dtype)
         self.layers = nn.ModuleList(DecoderLayer(backbone, False, dtype) for _ in range(backbone.num_layers))
         self.norm = RMSNorm(backbone.hidden_size, backbone.rms_norm_eps, dtype)
@@ -105,6 +129,7 @@ class Drafter(nn.Module):
         self.draft_vocabulary = None if size is None else DraftVocabulary(size)
         self.markov_head = MarkovHead(config) if config.markov_rank else None
         inputs = backbone.hidden_size + (config.markov_rank if config.confidence_with_markov else 0)
+        inputs += PEAK_FEATURES if config.confidence_with_draft_probs else 0
         self.confidence_head = Projection(inputs, 1, bias=True) if config.confidence else None
 
     def forward(
@@ -131,6 +156,12 @@ class Drafter(nn.Module):
             anchor_ids, states.float(), base_logits, temperature, noise
         )
         return ids, confidences, candidate_ids, candidate_probs, base_logits, present
+
+    def _largest(self, logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        """The largest logits [B, M], of which the candidates' [B, K] may be some."""
+        if self.candidates >= self.peak_logits:
+            return best[:, : self.peak_logits]
+        return torch.topk(logits, self.peak_logits, dim=-1).values
 
     def _walk(
         self,
@@ -159,9 +190,11 @@ class Drafter(nn.Module):
                 logits = logits + head.bias(features, pool_ids)
                 if self.confidence_with_markov:
                     feature = torch.cat((row, edge), dim=-1)
-            if self.confidence_head is not None:
-                confidences.append(self.confidence_head(feature))
             best, candidate_ids = torch.topk(logits, self.candidates, dim=-1)
+            if self.confidence_head is not None:
+                if self.confidence_with_draft_probs:
+                    feature = torch.cat((feature, peak_features(self._largest(logits, best))), dim=-1)
+                confidences.append(self.confidence_head(feature))
             if pool_ids is not None:
                 candidate_ids = pool_ids.gather(1, candidate_ids)
             if self.draft_vocabulary is not None:

@@ -118,6 +118,7 @@ def write_drafter(folder: Path, target: Path, seed: int = 1, **changes: Any) -> 
             weights.projection("markov_head.joint_proj", 3 * rank, 2 * rank + hidden, True)
     if config["enable_confidence_head"]:
         inputs = hidden + (rank if config["confidence_head_with_markov"] else 0)
+        inputs += 3 if config.get("confidence_head_with_draft_probs") else 0
         weights.projection("confidence_head.proj", 1, inputs, True)
     if drafted < vocabulary:
         ids = torch.randperm(vocabulary, generator=weights.generator)[:drafted]

@@ -256,6 +256,10 @@ def plain_walk(
             logits[weights.get("draft_vocab_ids", torch.arange(len(logits)))] += bias
         if config.confidence:
             feature = torch.cat([h, edge]) if config.confidence_with_markov else h
+            if config.confidence_with_draft_probs:
+                best = logits.sort(descending=True).values[:16]
+                peak = torch.softmax(best[best.isfinite()], dim=0)[0]
+                feature = torch.cat([feature, torch.stack([peak.log(), best[0] - best[1], peak])])
             proj = weights["confidence_head.proj.weight"][0] @ feature + weights["confidence_head.proj.bias"]
             confidences.append(float(proj))
         previous = int(logits.argmax())
@@ -270,6 +274,8 @@ DRAFTERS: dict[str, dict[str, Any]] = {
     "rnn": {"markov_head_type": "rnn", "block_size": 10, "enable_confidence_head": False},
     "rank-0": {"markov_rank": 0, "confidence_head_with_markov": False, "num_hidden_layers": 1},
     "biases": {"attention_bias": True, "block_size": 7, "rope_theta": 500.0},
+    "draft-probs": {"confidence_head_with_draft_probs": True},
+    "draft-probs-few": {"confidence_head_with_draft_probs": True, "draft_vocab_size": 3, "markov_head_type": "rnn"},
     "draft-vocabulary": {"draft_vocab_size": 40},
     "draft-vocabulary-rnn": {"draft_vocab_size": 259, "markov_head_type": "rnn"},
     "draft-vocabulary-rank-0": {"draft_vocab_size": 3, "markov_rank": 0, "confidence_head_with_markov": False},
@@ -318,3 +324,34 @@ def test_drafter_equals_the_formulas(
             assert torch.allclose(confidence_logits[0], torch.tensor(confidences), atol=TOLERANCE, rtol=0)
         else:
             assert confidence_logits is None
+
+
+@pytest.mark.parametrize("candidates", [2, 20])
+@torch.no_grad()
+def test_a_confidence_knows_nothing_of_its_own_draft(
+    candidates: int, tmp_path: Path, make_target: Checkpoint, make_drafter: Checkpoint, stack: ExitStack
+) -> None:
+    """What is drawn for a position changes no confidence up to its own: verifying by them is lossless."""
+    source = make_target(tmp_path / "target")
+    folder = make_drafter(tmp_path / "drafter", source, confidence_head_with_draft_probs=True)
+    pair = open_pair(stack, source, folder)
+    config = pair.drafter_config
+    assert config is not None
+    with torch.device("meta"):
+        drafter = pair.build_drafter(CAPACITY, candidates, None, torch.float32)
+    load_module(drafter, pair.drafter_sources(CAPACITY))
+    generator = torch.Generator().manual_seed(0)
+    block, context = config.block_size, empty_caches(config.backbone)
+    noise = torch.randn(1, block, candidates, generator=generator)
+
+    def draft() -> tuple[torch.Tensor, torch.Tensor]:
+        ids, confidences, *_ = drafter(torch.tensor([5]), torch.tensor([0]), torch.ones(1), noise, context)
+        return ids[0], confidences[0]
+
+    ids, confidences = draft()
+    noise[0, 1] = -noise[0, 1]
+    noise[0, 1, int(noise[0, 1].argmin())] -= 100  # another one is drawn for certain
+    noise[0, 1, (int(noise[0, 1].argmin()) + 1) % candidates] += 100
+    others, changed = draft()
+    assert others[0] == ids[0] and others[1] != ids[1]
+    assert changed[:2].equal(confidences[:2]) and not changed[2:].equal(confidences[2:])

@@ -95,3 +95,14 @@ def test_correct_is_the_argmax_that_came() -> None:
 
 def test_positions_weigh_less_the_later_they_are() -> None:
     assert position_weights(3).tolist() == pytest.approx([1.0, 0.7788, 0.6065], abs=1e-4)
+
+
+def test_of_the_drafts_distributions_is_told_what_the_graph_sees() -> None:
+    given = tensors()
+    found = draft_loss(**given, with_peaks=True)
+    logits = (given["hidden"] @ given["head"].T + given["markov"] @ given["markov_w2"].T).detach()
+    best = logits.sort(dim=-1, descending=True).values[:, :16]
+    probs = torch.softmax(best, dim=-1)[:, 0]
+    assert found.peaks is not None and not found.peaks.requires_grad
+    torch.testing.assert_close(found.peaks, torch.stack((probs.log(), best[:, 0] - best[:, 1], probs), dim=-1))
+    assert draft_loss(**given).peaks is None

@@ -155,6 +155,33 @@ def test_a_confidence_head_is_trained_alone(target: Path, responses: Path, tmp_p
     assert losses[-1] < losses[0]
 
 
+def test_a_confidence_head_learns_to_look_at_the_drafts_distribution(
+    target: Path, responses: Path, tmp_path: Path
+) -> None:
+    """One that does not, as the reference's, gains the inputs; they count for nothing before it is trained."""
+    blind = replace(SHAPE, confidence_draft_probs=False)
+    train_drafter(target, [responses], tmp_path / "blind", blind, QUICK, EXACT)
+    only = replace(QUICK, warm_start=str(tmp_path / "blind"), only="confidence", divergence=0.0)
+    frozen = replace(only, learning_rate=1e-12)
+    train_drafter(target, [responses], tmp_path / "same", DrafterSettings(), frozen, EXACT)
+    train_drafter(target, [responses], tmp_path / "seeing", DrafterSettings(), replace(only, learning_rate=0.05), EXACT)
+    configs, weights = {}, {}
+    for name in ("blind", "same", "seeing"):
+        configs[name] = json.loads((tmp_path / name / "config.json").read_text())
+        weights[name] = load_file(tmp_path / name / "model.safetensors")["confidence_head.proj.weight"]
+    assert "confidence_head_with_draft_probs" not in configs["blind"]
+    assert configs["same"]["confidence_head_with_draft_probs"] is True
+    assert weights["same"].shape[1] == weights["blind"].shape[1] + 3
+    torch.testing.assert_close(weights["same"][:, :-3], weights["blind"])
+    assert not weights["same"][:, -3:].any() and weights["seeing"][:, -3:].all()
+    kept = DrafterSettings(confidence_draft_probs=False)
+    train_drafter(target, [responses], tmp_path / "kept", kept, frozen, EXACT)
+    assert load_file(tmp_path / "kept" / "model.safetensors")["confidence_head.proj.weight"].equal(weights["blind"])
+    back = replace(only, warm_start=str(tmp_path / "seeing"))
+    with pytest.raises(InvalidInputError, match="give a drafter whose confidence head sees the same"):
+        train_drafter(target, [responses], tmp_path / "back", kept, back, EXACT)
+
+
 def test_training_a_confidence_head_alone_needs_one(target: Path, responses: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="warm_start is 'recent', expected the drafter's folder whose conf"):
         TrainingSettings(only="confidence")

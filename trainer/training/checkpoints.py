@@ -131,6 +131,7 @@ def drafter_config_json(drafter: TrainableDrafter, target_config: Mapping[str, A
         "confidence_head_with_markov": config.confidence_with_markov,
         "num_anchors": anchors,
         **({"draft_vocab_size": config.draft_vocab_size} if config.draft_vocab_size else {}),
+        **({"confidence_head_with_draft_probs": True} if config.confidence_with_draft_probs else {}),
     }
 
 

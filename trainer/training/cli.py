@@ -86,6 +86,12 @@ def _listener() -> Iterator[Listener]:
 @click.option("--markov-rank", type=int, default=64, show_default=True)
 @click.option("--head", type=click.Choice(HEADS), default="vanilla", show_default=True, help="The sequential head.")
 @click.option("--confidence/--no-confidence", default=True, show_default=True, help="A confidence head.")
+@click.option(
+    "--confidence-draft-probs/--no-confidence-draft-probs",
+    default=True,
+    show_default=True,
+    help="The confidence head sees how sure the draft's distribution is.",
+)
 @click.option("--key-value-heads", type=int, help="Of the drafter's attention.  [default: the target's]")
 @click.option("--draft-vocab", type=int, help="Draft only from so many of the commonest tokens.  [default: all]")
 @click.option(
@@ -182,6 +188,7 @@ def train(
         "markov_rank",
         "head",
         "confidence",
+        "confidence_draft_probs",
         "draft_vocab",
         "mask_token_id",
         "key_value_heads",

@@ -10,12 +10,14 @@ import torch
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.exporter.checkpoint import Checkpoint, open_checkpoint
 from dspark_edge.exporter.configuration import DrafterConfig, read_drafter_config
+from dspark_edge.exporter.modules.drafter import PEAK_FEATURES
 from dspark_edge.exporter.weights import read_draft_vocab_ids
 from dspark_edge.trainer.training.drafter_model import TrainableDrafter
 
 __all__ = ["continue_from", "read_shape", "read_vocabulary"]
 
 _W2 = "markov_head.markov_w2.weight"
+_CONFIDENCE = "confidence_head.proj.weight"
 
 
 def read_shape(folder: Path) -> DrafterConfig:
@@ -42,7 +44,8 @@ def read_vocabulary(folder: Path) -> np.ndarray | None:
 @torch.no_grad()
 def continue_from(drafter: TrainableDrafter, folder: Path, vocabulary_ids: np.ndarray | None) -> None:
     """Take all parameters of a drafter of the same shape. Its draft vocabulary may be another one: tokens that it did
-    not draft start without a Markov bias.
+    not draft start without a Markov bias. And its confidence head may be one that does not see the draft's
+    distribution: then that counts for nothing at first.
 
     Args:
         drafter: its feature scale is set; on the CPU.
@@ -62,6 +65,9 @@ def continue_from(drafter: TrainableDrafter, folder: Path, vocabulary_ids: np.nd
         for name, parameter in drafter.named_parameters():
             if name == _W2:
                 parameter.copy_(_rows(checkpoint, config, vocabulary_ids, parameter))
+                continue
+            if name == _CONFIDENCE and name in checkpoint.names():
+                parameter.copy_(_widened(checkpoint.tensor(name).float(), config, drafter, parameter))
                 continue
             if name not in checkpoint.names() or checkpoint.shape(name) != tuple(parameter.shape):
                 found = list(checkpoint.shape(name)) if name in checkpoint.names() else "missing"
@@ -85,3 +91,17 @@ def _rows(
     whole = torch.zeros(config.backbone.vocab_size, stored.shape[1])
     whole[read_draft_vocab_ids(checkpoint, config) if config.draft_vocab_size else slice(None)] = stored
     return whole if vocabulary_ids is None else whole[torch.from_numpy(vocabulary_ids)]
+
+
+def _widened(
+    stored: torch.Tensor, config: DrafterConfig, drafter: TrainableDrafter, parameter: torch.Tensor
+) -> torch.Tensor:
+    """A confidence head's weight [1, inputs], with zeros for inputs that it gains."""
+    gained = drafter.config.confidence_with_draft_probs and not config.confidence_with_draft_probs
+    missing = PEAK_FEATURES if gained else 0
+    if stored.shape[1] + missing != parameter.shape[1]:
+        raise InvalidInputError(
+            f"its {_CONFIDENCE} is {list(stored.shape)}, this drafter's is {list(parameter.shape)}; give a drafter "
+            "whose confidence head sees the same"
+        )
+    return torch.nn.functional.pad(stored, (0, missing))

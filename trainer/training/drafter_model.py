@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig
+from dspark_edge.exporter.modules.drafter import PEAK_FEATURES
 from dspark_edge.exporter.weights import rotary_tables
 from dspark_edge.trainer.target_model import rotate
 
@@ -29,7 +30,7 @@ class Blocks:
 
     hidden: torch.Tensor  # [B, A, γ, d] behind the final norm
     markov: torch.Tensor | None  # [B, A, γ, r], what W2 projects on the vocabulary
-    confidence_logits: torch.Tensor | None  # [B, A, γ]
+    confidence_logits: torch.Tensor | None  # [B, A, γ], without what the draft's distribution adds; see `peak_weights`
 
 
 class _Norm(nn.Module):
@@ -153,12 +154,16 @@ class _MarkovHead(nn.Module):
 
 
 class _ConfidenceHead(nn.Module):
-    def __init__(self, inputs: int) -> None:
+    """A linear head; `peaks` of its inputs come last and later, where logits are known."""
+
+    def __init__(self, inputs: int, peaks: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(inputs, 1)
+        self.inputs, self.peaks = inputs, peaks
+        self.proj = nn.Linear(inputs + peaks, 1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.proj(features).squeeze(-1)
+        weight = self.proj.weight[:, : self.inputs]
+        logits: torch.Tensor = functional.linear(features, weight, self.proj.bias).squeeze(-1)
         return logits
 
 
@@ -181,7 +186,8 @@ class TrainableDrafter(nn.Module):
         self.norm = _Norm(hidden, backbone.rms_norm_eps)
         self.markov_head = _MarkovHead(config) if config.markov_rank else None
         inputs = hidden + (config.markov_rank if config.confidence_with_markov else 0)
-        self.confidence_head = _ConfidenceHead(inputs) if config.confidence else None
+        peaks = PEAK_FEATURES if config.confidence_with_draft_probs else 0
+        self.confidence_head = _ConfidenceHead(inputs, peaks) if config.confidence else None
         cos, sin = rotary_tables(backbone, positions + config.block_size)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -190,6 +196,12 @@ class TrainableDrafter(nn.Module):
         scale = torch.ones(len(config.tap_layers) * hidden)
         self.register_buffer("feature_scale", scale, persistent=False)
         self.checkpoint_layers = False
+
+    @property
+    def peak_weights(self) -> torch.Tensor | None:
+        """[3], what each of the draft distribution's `peak_features` adds to a confidence; None: nothing."""
+        head = self.confidence_head
+        return head.proj.weight[0, head.inputs :] if head is not None and head.peaks else None
 
     def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
         """The state dict in DeepSpec's form: the scale of the features is part of fc."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from dspark_edge.exporter.modules.drafter import PEAK_FEATURES, PEAK_LOGITS, peak_features
+
 __all__ = ["LossWeights", "RowLosses", "draft_loss", "position_weights"]
 
 # Rows of a piece: its logits, probabilities and gradients stay in a processor's cache.
@@ -41,6 +43,7 @@ class RowLosses:
     distances: torch.Tensor  # [N] ‖draft_probs − target_probs‖₁, for the confidence's labels
     correct: torch.Tensor  # [N] bool, the draft's argmax is the token that came
     cross_entropy: torch.Tensor  # scalar, Σ weight · cross-entropy
+    peaks: torch.Tensor | None = None  # [N, 3], `peak_features` of the drafts' distributions, if they were asked for
 
 
 def position_weights(block: int) -> torch.Tensor:
@@ -102,13 +105,15 @@ class _DraftLoss(torch.autograd.Function):
         labels: torch.Tensor,
         weights: torch.Tensor,
         parts: LossWeights,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        with_peaks: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         rows, width = hidden.shape[0], head.shape[0]
         grad_hidden, grad_markov = torch.empty_like(hidden), torch.empty_like(markov)
         grad_w2 = torch.zeros_like(markov_w2)
         distances = torch.empty(rows, device=hidden.device)
         correct = torch.empty(rows, dtype=torch.bool, device=hidden.device)
         cross_entropy = torch.zeros((), device=hidden.device)
+        peaks = torch.empty((rows, PEAK_FEATURES if with_peaks else 0), device=hidden.device)
         total = torch.zeros((), device=hidden.device)
         step = max(1, _PIECE_ELEMENTS // width) if hidden.device.type == "cpu" else max(1, (1 << 28) // width)
         for start in range(0, rows, step):
@@ -116,6 +121,8 @@ class _DraftLoss(torch.autograd.Function):
             logits = functional.linear(hidden[piece], head).float()
             if markov.shape[1]:
                 logits += functional.linear(markov[piece], markov_w2)
+            if with_peaks:
+                peaks[piece] = peak_features(logits.topk(min(PEAK_LOGITS, width), dim=-1).values)
             target = functional.linear(target_hidden[piece], head).float()
             target = target.sub_(log_normalizers[piece, None]).exp_()
             found = _Piece(logits, target, labels[piece], parts)
@@ -130,14 +137,14 @@ class _DraftLoss(torch.autograd.Function):
                 grad_markov[piece] = (gradient @ markov_w2).to(markov.dtype)
                 grad_w2 += gradient.T @ markov[piece].float()
         ctx.save_for_backward(grad_hidden, grad_markov, grad_w2)
-        ctx.mark_non_differentiable(distances, correct, cross_entropy)
-        return total, distances, correct, cross_entropy
+        ctx.mark_non_differentiable(distances, correct, cross_entropy, peaks)
+        return total, distances, correct, cross_entropy, peaks
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_markov, grad_w2 = ctx.saved_tensors
         scale = gradients[0]
-        return grad_hidden * scale, grad_markov * scale, grad_w2 * scale, None, None, None, None, None, None
+        return grad_hidden * scale, grad_markov * scale, grad_w2 * scale, None, None, None, None, None, None, None
 
 
 def draft_loss(
@@ -150,6 +157,7 @@ def draft_loss(
     labels: torch.Tensor,
     weights: torch.Tensor,
     parts: LossWeights | None = None,
+    with_peaks: bool = False,
 ) -> RowLosses:
     """Loss of N draft positions (reference: 0.1 · cross-entropy + 0.9 · ‖draft_probs − target_probs‖₁).
 
@@ -163,10 +171,20 @@ def draft_loss(
         labels: [N] int64, the token that came, as its row in the draft vocabulary; −1 where it is outside.
         weights: [N] fp32.
         parts: weights of the loss's terms; None: the reference's.
+        with_peaks: whether to tell of the drafts' distributions what a confidence head sees of them.
     """
     if markov is None or markov_w2 is None:
         markov, markov_w2 = hidden.new_zeros((hidden.shape[0], 0)), hidden.new_zeros((head.shape[0], 0))
-    loss, distances, correct, cross_entropy = _DraftLoss.apply(
-        hidden, markov, markov_w2, head, target_hidden, log_normalizers, labels, weights, parts or LossWeights()
+    loss, distances, correct, cross_entropy, peaks = _DraftLoss.apply(
+        hidden,
+        markov,
+        markov_w2,
+        head,
+        target_hidden,
+        log_normalizers,
+        labels,
+        weights,
+        parts or LossWeights(),
+        with_peaks,
     )
-    return RowLosses(loss, distances, correct, cross_entropy)
+    return RowLosses(loss, distances, correct, cross_entropy, peaks if with_peaks else None)

@@ -56,6 +56,7 @@ def step_loss(
     parts: LossWeights | None = None,
     regression_weight: float = 0.0,
     confidence_target: str = "overlap",
+    peak_weights: torch.Tensor | None = None,
 ) -> Measures:
     """One forward pass (reference: 0.1 cross-entropy + 0.9 ‖·‖₁ + 1.0 BCE of the confidence, weighted by position).
 
@@ -68,6 +69,7 @@ def step_loss(
         regression_weight: of the squared distance to the target's hidden states, relative to their size (the feature
             loss of EAGLE). Not part of the reference's loss.
         confidence_target: what confidences shall say, one of `CONFIDENCE_TARGETS`.
+        peak_weights: [3] of the confidence head, see `TrainableDrafter.peak_weights`.
     """
     blocks: Blocks = drafter(batch.features, vocabulary.embed(batch.anchor_ids), batch.anchors, batch.previous_ids)
     weights = position_weights(batch.valid.shape[-1]).to(batch.valid.device)
@@ -85,10 +87,12 @@ def step_loss(
         vocabulary.rows[batch.label_ids.reshape(-1)[chosen]],
         row_weights,
         parts,
+        with_peaks=peak_weights is not None,
     )
     acceptance = (1.0 - 0.5 * rows.distances).clamp(0.0, 1.0)
     wanted = acceptance if confidence_target == "overlap" else _outcomes(batch, chosen, rows.correct, acceptance)
-    confidence_loss = _confidence_loss(blocks, chosen, wanted, row_weights)
+    more = None if rows.peaks is None or peak_weights is None else rows.peaks @ peak_weights
+    confidence_loss = _confidence_loss(blocks, chosen, wanted, row_weights, more)
     loss = rows.loss + confidence_loss
     if regression_weight:
         loss = loss + regression_weight * _feature_loss(blocks, batch, chosen, row_weights)
@@ -108,12 +112,22 @@ def step_loss(
 
 
 def _confidence_loss(
-    blocks: Blocks, chosen: torch.Tensor, wanted: torch.Tensor, row_weights: torch.Tensor
+    blocks: Blocks,
+    chosen: torch.Tensor,
+    wanted: torch.Tensor,
+    row_weights: torch.Tensor,
+    more: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Σ w_k · BCE of the confidences of the chosen rows, [N]; zero where the drafter has none."""
+    """Σ w_k · BCE of the confidences of the chosen rows, [N]; zero where the drafter has none.
+
+    Args:
+        more: [N] logits, what the drafts' distributions add.
+    """
     if blocks.confidence_logits is None:
         return torch.zeros((), device=row_weights.device)
     logits = blocks.confidence_logits.reshape(-1)[chosen].float()
+    if more is not None:
+        logits = logits + more
     return functional.binary_cross_entropy_with_logits(logits, wanted, row_weights, reduction="sum")
 
 

@@ -48,6 +48,7 @@ class DrafterSettings:
     markov_rank: int = 64
     head: str = "vanilla"  # vanilla | gated | rnn | none
     confidence: bool = True
+    confidence_draft_probs: bool = True  # it sees how sure the draft's distribution is; not part of the reference
     draft_vocab: int | None = None  # tokens that it drafts; None: the whole vocabulary
     intermediate_size: int | None = None  # None: the target's
     key_value_heads: int | None = None  # None: the target's
@@ -118,6 +119,7 @@ class DrafterSettings:
             confidence=self.confidence,
             confidence_with_markov=self.confidence and rank > 0,
             draft_vocab_size=self.draft_vocab if partial else None,
+            confidence_with_draft_probs=self.confidence and self.confidence_draft_probs,
         )
 
 

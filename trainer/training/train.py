@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,7 @@ def _read(
         vocabulary = _draft_vocabulary(shape, split, more, listener)
     else:  # of a drafter that stays as it is
         shape, vocabulary = read_shape(Path(training.warm_start)), read_vocabulary(Path(training.warm_start))
+        shape = replace(shape, confidence_with_draft_probs=shape.confidence and drafter.confidence_draft_probs)
     return _Given(target_config, split, max(len(example) for example in examples), shape, vocabulary)
 
 
