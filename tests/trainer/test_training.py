@@ -173,7 +173,7 @@ def test_a_confidence_head_learns_to_look_at_the_drafts_distribution(
     assert configs["same"]["confidence_head_with_draft_probs"] is True
     assert weights["same"].shape[1] == weights["blind"].shape[1] + 3
     torch.testing.assert_close(weights["same"][:, :-3], weights["blind"])
-    assert not weights["same"][:, -3:].any() and weights["seeing"][:, -3:].all()
+    assert weights["same"][:, -3:].abs().max() < 1e-9 and weights["seeing"][:, -3:].abs().min() > 1e-3
     kept = DrafterSettings(confidence_draft_probs=False)
     train_drafter(target, [responses], tmp_path / "kept", kept, frozen, EXACT)
     assert load_file(tmp_path / "kept" / "model.safetensors")["confidence_head.proj.weight"].equal(weights["blind"])
