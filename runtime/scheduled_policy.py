@@ -189,11 +189,8 @@ class ScheduledPolicy:
     def verify_length(self, draft: Draft, room: int, context: int) -> int:
         if self._rest:
             return 0
-        if draft.token_ids:
-            offer = Offer(min(len(draft.token_ids), room), draft.confidences, context, self._greedy)
-            plan = self._controller.plan(self._states, (offer,))
-        else:
-            plan = self._controller.plain((context,))
+        offer = Offer(min(len(draft.token_ids), room), draft.confidences, context, self._greedy)
+        plan = self._controller.plan(self._states, (offer,))
         self._plan, self._prediction = plan, Prediction(plan.draft_s, plan.verify_s, plan.plain_s)
         return plan.lengths[0]
 

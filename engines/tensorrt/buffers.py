@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dspark_edge.engines.engine import NUMPY_DTYPES, HostArray
+from dspark_edge.engines.engine import NUMPY_DTYPES, HostArray, item_size
 from dspark_edge.engines.errors import EngineError
 from dspark_edge.engines.tensorrt.cuda import Cuda, HostMemory, Stream
 
@@ -35,7 +35,6 @@ ALIGNMENT = 256
 """Bytes of which TensorRT wants every tensor's address to be a multiple (its documentation, `setTensorAddress`)."""
 
 _STORED: Mapping[str, np.dtype[Any]] = {**NUMPY_DTYPES, "bfloat16": np.dtype(np.uint16)}
-_ITEM_SIZES = {name: dtype.itemsize for name, dtype in _STORED.items()}
 
 
 @dataclass(slots=True)
@@ -63,11 +62,11 @@ class DeviceBuffer:
     """
 
     def __init__(self, cuda: Cuda, stream: Stream, dtype: str, shape: tuple[int, ...]) -> None:
-        if dtype not in _ITEM_SIZES:
+        if dtype not in _STORED:
             raise EngineError(f"buffers of type {dtype} are not supported on the GPU")
         self.dtype, self.shape = dtype, shape
         self._cuda, self._stream = cuda, stream
-        self._size = prod(shape) * _ITEM_SIZES[dtype]
+        self._size = prod(shape) * item_size(dtype)
         self._shared = cuda.integrated and self.small
         self._busy = 0  # the last piece of work that touches the host memory
         self._stale = False  # whether the device has newer content than the host memory
@@ -118,13 +117,13 @@ class DeviceBuffer:
 
     def write_part(self, first: int, shape: tuple[int, ...], values: npt.ArrayLike) -> None:
         """Write to elements from `first` on, in this shape."""
-        begin, host = first * _ITEM_SIZES[self.dtype], self._memory.host
+        begin, host = first * item_size(self.dtype), self._memory.host
         if host is None:
             with self._staging(shape) as staging:
                 self._fill(self._view(staging, shape), values)
                 self._stream.wait(self._stream.to_device(self.pointer + begin, staging))
             return
-        part = host.part(begin, prod(shape) * _ITEM_SIZES[self.dtype])
+        part = host.part(begin, prod(shape) * item_size(self.dtype))
         self._stream.wait(self._busy)
         self._fill(self._view(part, shape), values)
         if not self._shared:  # the other elements may be newer there than here
@@ -132,12 +131,12 @@ class DeviceBuffer:
 
     def read_part(self, first: int, shape: tuple[int, ...]) -> HostArray:
         """Elements from `first` on, in this shape."""
-        begin, host = first * _ITEM_SIZES[self.dtype], self._memory.host
+        begin, host = first * item_size(self.dtype), self._memory.host
         if host is None:
             with self._staging(shape) as staging:
                 self._stream.wait(self._stream.to_host(staging, self.pointer + begin))
                 return self._numbers(self._view(staging, shape).copy())
-        part = host.part(begin, prod(shape) * _ITEM_SIZES[self.dtype])
+        part = host.part(begin, prod(shape) * item_size(self.dtype))
         return self._numbers(self._fetched(self._view(part, shape)))
 
     def window(self, shape: tuple[int, ...], start: int) -> DeviceWindow:
@@ -178,14 +177,14 @@ class DeviceBuffer:
     @contextmanager
     def _staging(self, shape: tuple[int, ...]) -> Iterator[HostMemory]:
         """Pinned memory for one copy of so many elements, which has to end inside."""
-        memory = self._cuda.allocate_host(max(1, prod(shape) * _ITEM_SIZES[self.dtype]), mapped=False)
+        memory = self._cuda.allocate_host(max(1, prod(shape) * item_size(self.dtype)), mapped=False)
         try:
             yield memory
         finally:
             self._cuda.free_host(memory)
 
     def _view(self, memory: HostMemory, shape: tuple[int, ...]) -> HostArray:
-        size = prod(shape) * _ITEM_SIZES[self.dtype]
+        size = prod(shape) * item_size(self.dtype)
         array: HostArray = memory.bytes[:size].view(_STORED[self.dtype]).reshape(shape)
         return array
 
@@ -214,7 +213,7 @@ class DeviceWindow:
     def __init__(self, buffer: DeviceBuffer, shape: tuple[int, ...], start: int) -> None:
         self.dtype, self.shape = buffer.dtype, shape
         self._buffer, self._start = buffer, start
-        self._begin = start * _ITEM_SIZES[buffer.dtype]
+        self._begin = start * item_size(buffer.dtype)
         self.pointer = buffer.pointer + self._begin
 
     @property

@@ -38,6 +38,7 @@ def decode_group(
     verdicts = executor.verify(requests, drafts, lengths)
     verified = perf_counter()
 
+    prediction = decision.prediction()
     decision.learn([verdict.accepted_length for verdict in verdicts])
     records = []
     for request, draft, length, verdict in zip(requests, drafts, lengths, verdicts, strict=True):
@@ -53,7 +54,7 @@ def decode_group(
                 draft_s=drafted - decided,
                 verify_s=verified - scheduled,
                 schedule_s=decided - started + scheduled - drafted,
-                prediction=decision.prediction(),
+                prediction=prediction,
             )
         )
     return records

@@ -177,15 +177,20 @@ def workload(prompts: Sequence[Prompt], concurrency: int) -> list[int]:
 
 def requests(prompts: int, concurrency: int) -> int:
     """How many answers a repeat takes; see `workload`."""
-    return max(prompts, 2 * concurrency if concurrency > 1 else 1)
+    return max(prompts, _fewest(concurrency))
 
 
 def parts_of(asked: Sequence[int], concurrency: int) -> list[range]:
     """The places of a workload in parts: a request each where there is one at a time, else at least two for each
     request at a time."""
-    size = 2 * concurrency if concurrency > 1 else 1
+    size = _fewest(concurrency)
     bounds = [*range(0, len(asked) - size + 1, size), len(asked)]
     return [range(start, end) for start, end in pairwise(bounds)]
+
+
+def _fewest(concurrency: int) -> int:
+    """Requests of a part: two for each at a time, so that most rounds are full."""
+    return 2 * concurrency if concurrency > 1 else 1
 
 
 def warm_up(contenders: Sequence[Contender], prompts: Sequence[Prompt], concurrency: int) -> None:

@@ -223,10 +223,7 @@ class Controller:
         options = self._options
         if not plan.proposals:
             return self._pass(states, 1)
-        self._rounds_since_check += 1
-        if options is not None:
-            earned = options.probe_share * len(states)
-            self._allowance = min(self._allowance + earned, options.most_allowance)
+        self._count(states, 1)
         size = len(states).bit_length()
         known = self._evidence_of(len(states))
         for state, offer, round_, proposal, length, count in zip(
@@ -259,14 +256,19 @@ class Controller:
         """So many rounds have passed without a decision, at most as many as `record` allowed."""
         self._pass(states, rounds)
 
+    def _count(self, states: Sequence[SequenceState], rounds: int) -> None:
+        """Rounds of these have passed: they earn probes, and a look at plain decoding."""
+        self._rounds_since_check += rounds
+        if self._options is not None:
+            earned = self._options.probe_share * len(states) * rounds
+            self._allowance = min(self._allowance + earned, self._options.most_allowance)
+
     def _pass(self, states: Sequence[SequenceState], rounds: int) -> int:
         """Rounds in which nobody drafted; how many more may be passed in the same way."""
-        self._rounds_since_check += rounds
+        self._count(states, rounds)
         options = self._options
         if options is None:
             return 0
-        earned = options.probe_share * len(states) * rounds
-        self._allowance = min(self._allowance + earned, options.most_allowance)
         rest = _MOST_REST
         for state in states:
             parking = state.parking

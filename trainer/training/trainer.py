@@ -256,14 +256,7 @@ class Trainer:
             random = [np.random.default_rng((self._settings.seed, 3, index)) for index in chosen]
             batch = self._collate(examples, store, chosen, random, block, self._settings.anchors)
             with _autocast(self._device):
-                measures = step_loss(
-                    self.drafter,
-                    self._vocabulary,
-                    batch,
-                    self._markov_w2(),
-                    confidence_target=self._settings.confidence_target,
-                    peak_weights=self.drafter.peak_weights,
-                )
+                measures = step_loss(self.drafter, self._vocabulary, batch, self._markov_w2())
             zero, one = evaluate_blocks(measures, batch)
             sums[:4] += torch.stack((zero.sum(), _count(zero), one.sum(), _count(one))).double()
             by_position = (measures.acceptance, measures.correct & batch.valid, batch.valid)
