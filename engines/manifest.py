@@ -31,6 +31,7 @@ __all__ = [
     "LOWERINGS",
     "MANIFEST_NAME",
     "MARKOV_HEADS",
+    "ONNX_RUNTIME_PRECISIONS",
     "PRECISIONS",
     "QUANTIZED_PRECISIONS",
     "REQUIRED_ROLES",
@@ -58,13 +59,14 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 Lowering = Literal["ort", "onnx", "decomposed"]
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "w4a16"]
 DrafterKind = Literal["dspark", "ngram"]
 
 LOWERINGS: tuple[Lowering, ...] = get_args(Lowering)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-QUANTIZED_PRECISIONS: tuple[Precision, ...] = ("int8", "int4")
-VOCABULARY_BITS = (4, 8)
+QUANTIZED_PRECISIONS: tuple[Precision, ...] = ("int8", "int4", "w4a16")
+ONNX_RUNTIME_PRECISIONS: tuple[Precision, ...] = ("int8", "int4")  # blocks in ONNX Runtime's own operators
+VOCABULARY_BITS = (4, 8, 16)
 WEIGHT_BLOCK_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = (1, 4)  # of MatMulNBits: activations are multiplied as float32, or rounded to int8
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
@@ -219,11 +221,11 @@ class Limits(Record):
 
 @dataclass(frozen=True, slots=True)
 class Quantization(Record):
-    """How the weights of an int8 or int4 bundle are stored, and multiplied with."""
+    """How the weights of a quantized bundle are stored, and multiplied with."""
 
-    block_size: Annotated[int, one_number_of(WEIGHT_BLOCK_SIZES)]  # weights that share a scale and a zero point
-    accuracy_level: Annotated[int, one_number_of(ACCURACY_LEVELS)]
-    vocabulary_bits: Annotated[int, one_number_of(VOCABULARY_BITS)]  # of the embedding and the head
+    block_size: Annotated[int, one_number_of(WEIGHT_BLOCK_SIZES)]  # weights that share a scale (int8, int4: and a zero)
+    vocabulary_bits: Annotated[int, one_number_of(VOCABULARY_BITS)]  # of embedding and head; 16: not in blocks
+    accuracy_level: Annotated[int, one_number_of(ACCURACY_LEVELS)] | None = None  # of MatMulNBits; int8 and int4 only
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +265,7 @@ class Manifest(Record):
     graphs: Mapping[str, GraphSpec]  # role, one of ROLES → graph
     files: tuple[FileRecord, ...]
     provenance: Provenance
-    quantization: Quantization | None = None  # of the precisions int8 and int4
+    quantization: Quantization | None = None  # of the quantized precisions
 
     @classmethod
     def from_text(cls, text: str | bytes, where: str = "manifest") -> Manifest:
@@ -300,9 +302,9 @@ class Manifest(Record):
         if len({record.path for record in self.files}) < len(self.files):
             raise BundleError(f"{where}.files records a path twice")
         if self.quantization is not None and self.precision not in QUANTIZED_PRECISIONS:
-            raise BundleError(
-                f"{where}.quantization is given, but the precision is {self.precision!r}, not int8 or int4"
-            )
+            raise BundleError(f"{where}.quantization is given, but the precision is {self.precision!r}")
+        if self.quantization is not None:
+            self._check_quantization(self.quantization, f"{where}.quantization")
         drafted, vocab_size = self.drafter.draft_vocab_size, self.target.vocab_size
         if drafted is not None and drafted > vocab_size:
             raise BundleError(f"{where}.drafter.draft_vocab_size exceeds vocab_size, {vocab_size}")
@@ -311,6 +313,19 @@ class Manifest(Record):
             raise BundleError(f"{where}.drafter.candidates exceeds {limit}, {size}")
         if max(self.drafter.tap_layers, default=0) >= self.target.num_layers:
             raise BundleError(f"{where}.drafter.tap_layers: the target has {self.target.num_layers} layers")
+
+    def _check_quantization(self, quantization: Quantization, where: str) -> None:
+        own = self.precision in ONNX_RUNTIME_PRECISIONS
+        if own == (quantization.vocabulary_bits == 16):
+            expected = "4 or 8" if own else "16"
+            raise BundleError(
+                f"{where}.vocabulary_bits is {quantization.vocabulary_bits}, but the precision is {self.precision!r}; "
+                f"expected {expected}"
+            )
+        if own == (quantization.accuracy_level is None):
+            raise BundleError(
+                f"{where}.accuracy_level is {'missing' if own else 'given'}, but the precision is {self.precision!r}"
+            )
 
 
 def _without_duplicates(members: list[tuple[str, object]]) -> dict[str, object]:

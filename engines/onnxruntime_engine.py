@@ -16,7 +16,7 @@ from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import NUMPY_DTYPES, Buffer, HostArray, check_binding, check_window
 from dspark_edge.engines.errors import EngineError, InvalidInputError, MissingDependencyError
 from dspark_edge.engines.machine import probe_processor
-from dspark_edge.engines.manifest import QUANTIZED_PRECISIONS
+from dspark_edge.engines.manifest import ONNX_RUNTIME_PRECISIONS
 
 __all__ = ["PROVIDERS", "OnnxRuntimeEngine"]
 
@@ -128,7 +128,7 @@ class OnnxRuntimeEngine:
                 "or run the bundle on a GPU"
             )
         number = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
-        if manifest.precision in QUANTIZED_PRECISIONS and number < _FIRST_LOW_BIT:
+        if manifest.precision in ONNX_RUNTIME_PRECISIONS and number < _FIRST_LOW_BIT:
             raise EngineError(
                 f"ONNX Runtime {version} cannot run {manifest.precision} weights, which need 1.23; upgrade "
                 "onnxruntime, or export with --precision fp32"

@@ -64,7 +64,9 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 @click.option("--candidate-pool", type=int, help="Tokens of a position that the Markov bias may lift.  [default: all]")
 @click.option("--ngram-block-size", type=int, default=7, show_default=True, help="Most tokens that 'ngram' drafts.")
 @click.option(
-    "--weight-block-size", type=int, help="int8, int4: weights that share a scale.  [default: 32, or what fits]"
+    "--weight-block-size",
+    type=int,
+    help="int8, int4, w4a16: weights that share a scale.  [default: 32 (w4a16: 64), or what fits]",
 )
 @click.option(
     "--accuracy-level",

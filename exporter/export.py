@@ -115,7 +115,7 @@ def export_bundle(
     with ExitStack() as stack:
         report("reading checkpoints", 0, 1)
         pair = open_pair(stack, target, drafter)
-        quantization = options.resolve_quantization(pair.target_config)
+        quantization = options.resolve_quantization(pair.target_config, pair.drafter_config)
         facts = drafter_facts(pair, options)
         capacity = options.resolve_capacity(pair.target_config, facts.block_size)
         check_weights(pair, capacity, facts.candidates, TORCH_DTYPES[options.dtype])

@@ -50,7 +50,7 @@ class Graph:
 
 def _quantized(graph: Graph, pair: Pair, options: ExportOptions) -> Graph:
     """The graph with the weights that the options ask for."""
-    quantization = options.resolve_quantization(pair.target_config)
+    quantization = options.resolve_quantization(pair.target_config, pair.drafter_config)
     formats = weight_formats(options.precision, quantization)
     if formats is None or quantization is None:
         return graph

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.engines.manifest import (
     ACCURACY_LEVELS,
+    ONNX_RUNTIME_PRECISIONS,
     QUANTIZED_PRECISIONS,
-    VOCABULARY_BITS,
     WEIGHT_BLOCK_SIZES,
     Quantization,
 )
@@ -24,11 +24,13 @@ PRECISIONS: Mapping[str, str] = {
     "bf16": "bfloat16",
     "int8": "float32",
     "int4": "float32",
+    "w4a16": "float16",
 }
 """Precision → type of activations and caches, and of all weights that are not quantised."""
 
 _BLOCK_SIZE = 32  # where it fits
-_VOCABULARY_BITS = 8  # rounding embedding and head to 4 costs more than it saves
+_SIGNED_BLOCK_SIZE = 64  # the same of w4a16; TensorRT's kernels are made for 64 and 128
+_VOCABULARY_BITS = (4, 8)  # of int4; rounding embedding and head to 4 costs more than it saves
 _ACCURACY_LEVEL = 4  # the kernels that a CPU is fast with
 
 
@@ -47,7 +49,7 @@ class ExportOptions:
     candidates: int = 64  # K, the tokens of a step that drafting samples from
     candidate_pool: int | None = None  # tokens of a position that the Markov bias may lift; None: all
     ngram_block_size: int = 7
-    weight_block_size: int | None = None  # int8 and int4: weights that share a scale; None: 32, or what fits
+    weight_block_size: int | None = None  # quantized weights that share a scale; None: 32 (w4a16: 64), or what fits
     accuracy_level: int | None = None  # int8 and int4: 4 rounds activations to int8, 1 keeps them; None: 4
     vocabulary_bits: int | None = None  # int4: bits of embedding and head, 4 or 8; None: 8
 
@@ -72,40 +74,43 @@ class ExportOptions:
 
     def _check_quantization(self) -> None:
         chosen = {
-            "weight_block_size": (self.weight_block_size, WEIGHT_BLOCK_SIZES),
-            "accuracy_level": (self.accuracy_level, ACCURACY_LEVELS),
-            "vocabulary_bits": (self.vocabulary_bits, VOCABULARY_BITS),
+            "weight_block_size": (self.weight_block_size, WEIGHT_BLOCK_SIZES, QUANTIZED_PRECISIONS),
+            "accuracy_level": (self.accuracy_level, ACCURACY_LEVELS, ONNX_RUNTIME_PRECISIONS),
+            "vocabulary_bits": (self.vocabulary_bits, _VOCABULARY_BITS, ONNX_RUNTIME_PRECISIONS),
         }
-        for name, (value, allowed) in chosen.items():
+        for name, (value, allowed, precisions) in chosen.items():
             if value is None:
                 continue
-            if self.precision not in QUANTIZED_PRECISIONS:
+            if self.precision not in precisions:
                 raise InvalidInputError(
-                    f"{name} is given, but {self.precision} weights are not quantized; "
-                    f"choose the precision {' or '.join(QUANTIZED_PRECISIONS)}, or leave it out"
+                    f"{name} is given, but {self.precision} weights have none; "
+                    f"choose the precision {' or '.join(precisions)}, or leave it out"
                 )
             if value not in allowed:
                 raise InvalidInputError(f"{name} is {value}, expected one of: {', '.join(map(str, allowed))}")
         if self.precision == "int8" and self.vocabulary_bits == 4:
             raise InvalidInputError("vocabulary_bits is 4, but the other weights are int8; choose the precision int4")
-        if self.precision in QUANTIZED_PRECISIONS and not get_lowering(self.lowering).low_bit:
-            able = " or ".join(repr(name) for name in LOWERINGS if get_lowering(name).low_bit)
+        if self.precision in QUANTIZED_PRECISIONS and self.precision not in get_lowering(self.lowering).low_bit:
+            able = " or ".join(repr(name) for name in LOWERINGS if self.precision in get_lowering(name).low_bit)
             raise InvalidInputError(
-                f"the {self.lowering!r} lowering has standard operators of opset 18 only, and {self.precision} weights "
-                f"need ONNX Runtime's MatMulNBits; choose the lowering {able}, or the precision fp32 or fp16"
+                f"the {self.lowering!r} lowering has no operators for {self.precision} weights; "
+                f"choose the lowering {able}, or the precision fp32 or fp16"
             )
 
-    def resolve_quantization(self, target: DecoderConfig) -> Quantization | None:
+    def resolve_quantization(self, target: DecoderConfig, drafter: DrafterConfig | None = None) -> Quantization | None:
         """How the weights are quantised, as the manifest says it; None for float ones.
 
         Raises:
-            InvalidInputError: rows of the embedding are not whole blocks of that size.
+            InvalidInputError: rows (int8, int4: of the embedding; w4a16: of any projection) are not whole blocks of
+                that size.
         """
         if self.precision not in QUANTIZED_PRECISIONS:
             return None
+        if self.precision not in ONNX_RUNTIME_PRECISIONS:
+            return Quantization(self._signed_block_size(target, drafter), 16)
         # Embedding and head share their bytes only where a row is whole blocks. And of 4-bit blocks there must be an
         # even number: older releases of ONNX Runtime (1.23) look for a row's zero points in the middle of a byte.
-        bits = self.vocabulary_bits or _VOCABULARY_BITS
+        bits = self.vocabulary_bits or max(_VOCABULARY_BITS)
         unit = 2 if bits == 4 else 1
         fitting = [size for size in WEIGHT_BLOCK_SIZES if target.hidden_size % (unit * size) == 0]
         wanted = [_BLOCK_SIZE, *WEIGHT_BLOCK_SIZES] if self.weight_block_size is None else [self.weight_block_size]
@@ -117,7 +122,26 @@ class ExportOptions:
                 f"weight_block_size is {wanted[0]}, but rows of {target.hidden_size}, the hidden size, have to be "
                 f"{blocks} of {bits} bits; {advice}"
             )
-        return Quantization(chosen, self.accuracy_level or _ACCURACY_LEVEL, bits)
+        return Quantization(chosen, bits, self.accuracy_level or _ACCURACY_LEVEL)
+
+    def _signed_block_size(self, target: DecoderConfig, drafter: DrafterConfig | None) -> int:
+        """Weights of a block where DequantizeLinear wants whole ones."""
+        stacks = [target, *([drafter.backbone] if drafter else [])]
+        sizes = {size for one in stacks for size in (one.hidden_size, one.query_size, one.intermediate_size)}
+        fitting = [block for block in WEIGHT_BLOCK_SIZES if not any(size % block for size in sizes)]
+        wanted = (
+            [_SIGNED_BLOCK_SIZE, *WEIGHT_BLOCK_SIZES[::-1]]
+            if self.weight_block_size is None
+            else [self.weight_block_size]
+        )
+        chosen = next((size for size in wanted if size in fitting), None)
+        if chosen is None:
+            advice = f"choose one of: {', '.join(map(str, fitting))}" if fitting else "choose the precision fp16"
+            raise InvalidInputError(
+                f"weight_block_size is {wanted[0]}, but rows of {', '.join(map(str, sorted(sizes)))} weights, those of "
+                f"the layers' projections, have to be whole blocks; {advice}"
+            )
+        return chosen
 
     @property
     def dtype(self) -> str:

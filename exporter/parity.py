@@ -36,7 +36,7 @@ from dspark_edge.exporter.quantization import weight_formats
 
 __all__ = ["LEAST_AGREEMENT", "TOLERANCES", "ParityReport", "ParityRow", "compare_bundle", "render"]
 
-TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1.5e-1}
+TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1.5e-1, "w4a16": 2e-2}
 """Precision → largest error, as a fraction of the output's largest magnitude where that is above 1.
 
 fp32 leaves room for another order of summation only. The others are some forty roundings of their type (2⁻¹¹, 2⁻⁸): a
@@ -128,7 +128,7 @@ def compare_bundle(
 
 def _tolerance(manifest: Manifest) -> float:
     quantization = manifest.quantization
-    if quantization is None:
+    if quantization is None or quantization.accuracy_level is None:
         return TOLERANCES[manifest.precision]
     return TOLERANCES["fp32"] if quantization.accuracy_level == 1 else _INT8_ACTIVATIONS
 

@@ -68,8 +68,9 @@ _WEIGHT_BYTES: Mapping[str, tuple[float, float]] = {
     "bf16": (2.0, 2.0),
     "int8": (1 + 5 / 32, 1 + 5 / 32),
     "int4": (0.5 + 4.5 / 32, 1 + 5 / 32),
+    "w4a16": (0.5 + 2 / 64, 2.0),  # blocks of 64 with a scale of 2 bytes
 }
-_CACHE_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4, "int4": 4}
+_CACHE_BYTES: Mapping[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 4, "int4": 4, "w4a16": 2}
 # Of the data sheet's bandwidth, what decoding reaches where it is well done.
 _REACHED = 0.7
 # A verification of a block takes so many plain steps, if memory is what bounds it.

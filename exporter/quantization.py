@@ -1,8 +1,12 @@
 """Weights in blocks of 8 or 4 bits: values → blocks → values.
 
-A row (what one output sums over) is cut into blocks of `block_size` weights; each block has a scale and a zero point
-of its own, and a weight is (number − zero point) · scale. The rounding is ONNX Runtime's own, called for one matrix
-at a time, so that weights can stream; the layout is that of its operators MatMulNBits and GatherBlockQuantized.
+A row (what one output sums over) is cut into blocks of `block_size` weights. There are two kinds:
+
+- for ONNX Runtime (int8, int4): each block has a float32 scale and a zero point of its own, and a weight is
+  (number − zero point) · scale. The rounding is ONNX Runtime's own, called for one matrix at a time, so that weights
+  can stream; the layout is that of its operators MatMulNBits and GatherBlockQuantized;
+- signed (w4a16): a weight is number · scale, the number in −8 … 7 and the scale a positive float16, as TensorRT wants
+  what stands before DequantizeLinear (`signed_rounding.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ import numpy.typing as npt
 import torch
 
 from dspark_edge.engines.errors import BundleError, CheckpointError, MissingDependencyError
-from dspark_edge.engines.manifest import QUANTIZED_PRECISIONS, Quantization
+from dspark_edge.engines.manifest import ONNX_RUNTIME_PRECISIONS, QUANTIZED_PRECISIONS, Quantization
+from dspark_edge.exporter.signed_rounding import SignedRows, pack_int4, round_signed
 from dspark_edge.exporter.weights import Source, WeightSource
 
 __all__ = [
@@ -33,7 +38,7 @@ __all__ = [
     "weight_formats",
 ]
 
-Part = Literal["blocks", "scales", "zero_points"]
+Part = Literal["blocks", "scales", "zero_points", "numbers"]
 
 _PROJECTION = re.compile(r"(?:.*\.)?(?:qkv_proj|o_proj|gate_up_proj|down_proj|kv_proj)\.weight")
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
@@ -47,15 +52,18 @@ class BlockFormat:
     """How weights are stored."""
 
     bits: Literal[4, 8]
-    block_size: int  # weights of a row that share a scale and a zero point; a power of two, at least 16
+    block_size: int  # weights of a row that share a scale; a power of two, at least 16
+    signed: bool = False  # around zero, with float16 scales and no zero points
 
     def blocks(self, row_size: int) -> int:
         """Blocks of a row; the last may be padded."""
         return -(-row_size // self.block_size)
 
     def part_shape(self, part: Part, rows: int, row_size: int) -> tuple[int, ...]:
-        """Shapes of the arrays of `QuantizedRows`."""
+        """Shapes of the arrays of `QuantizedRows`, or `SignedRows`."""
         blocks = self.blocks(row_size)
+        if part == "numbers":
+            return rows, row_size
         if part == "blocks":
             return rows, blocks, self.block_size * self.bits // 8
         return (rows, blocks) if part == "scales" else (rows, -(-blocks * self.bits // 8))
@@ -66,13 +74,13 @@ class WeightFormats:
     """Which parameters of target and drafter are stored in blocks, and how."""
 
     projections: BlockFormat
-    vocabulary: BlockFormat
+    vocabulary: BlockFormat | None  # None: not in blocks
 
     def of(self, parameter: str) -> BlockFormat | None:
         """The format of a parameter; None where it stays as it is.
 
-        The projections of all layers, those of the drafter's context, embedding and head are in blocks. Norms, `fc`
-        (whose inputs reach 2·10⁴), the Markov head and the confidence head are not.
+        The projections of all layers, those of the drafter's context, and in int8 and int4 embedding and head are in
+        blocks. Norms, `fc` (whose inputs reach 2·10⁴), the Markov head and the confidence head are not.
         """
         if _PROJECTION.fullmatch(parameter):
             return self.projections
@@ -92,6 +100,8 @@ def weight_formats(precision: str, quantization: Quantization | None) -> WeightF
             f"the bundle's weights are {precision}, but its manifest lacks 'quantization'; export it again"
         )
     size = quantization.block_size
+    if precision not in ONNX_RUNTIME_PRECISIONS:
+        return WeightFormats(BlockFormat(4, size, signed=True), None)
     projections = BlockFormat(4 if precision == "int4" else 8, size)
     return WeightFormats(projections, BlockFormat(4 if quantization.vocabulary_bits == 4 else 8, size))
 
@@ -163,6 +173,11 @@ def dequantize_rows(quantized: QuantizedRows, layout: BlockFormat, size: int) ->
     return result
 
 
+def _is_transposed(source: Source) -> bool:
+    """Whether a column is an output, as products have it."""
+    return isinstance(source, WeightSource) and source.transpose
+
+
 def _as_rows(source: Source) -> Source:
     """The source of a matrix the way checkpoints have it, a row for every output."""
     if isinstance(source, WeightSource) and source.transpose:
@@ -170,14 +185,14 @@ def _as_rows(source: Source) -> Source:
     return source
 
 
-def _quantize(source: Source, layout: BlockFormat) -> QuantizedRows:
+def _quantize(source: Source, layout: BlockFormat) -> QuantizedRows | SignedRows:
     rows = _as_rows(source).load(torch.float32).numpy()
     # min and max carry NaN and infinity, and need no copy.
     if not (np.isfinite(rows.min()) and np.isfinite(rows.max())):
         what = " + ".join(source.names) if isinstance(source, WeightSource) else "a matrix"
         where = f"{source.checkpoint.source}: " if isinstance(source, WeightSource) else ""
         raise CheckpointError(f"{where}{what} holds values that are not finite, which cannot be quantized")
-    return quantize_rows(rows, layout)
+    return round_signed(rows, layout.block_size) if layout.signed else quantize_rows(rows, layout)
 
 
 @dataclass(slots=True)
@@ -207,19 +222,24 @@ class BlockSource:
     last: LastMatrix = field(compare=False, repr=False)
 
     def load(self, dtype: torch.dtype) -> torch.Tensor:
-        """The part in its own type.
+        """The part in its own type; signed numbers of 4 bits lie two in a byte, the first in the lower half.
 
         Raises:
             CheckpointError: the matrix cannot be read, or holds what is not finite.
         """
         part = self.last.take(self.source, self.layout, self.part)
+        if self.layout.signed:
+            part = part.t().contiguous() if _is_transposed(self.source) else part
+            part = pack_int4(part) if self.part == "numbers" else part
         if part.dtype != dtype:
             raise RuntimeError(f"the {self.part} of a quantised matrix are {part.dtype}, not {dtype}")
         return part
 
     def shape(self) -> tuple[int, ...]:
+        """The part's shape in the graph; signed blocks lie as the float matrix does."""
         rows, size = _as_rows(self.source).shape()
-        return self.layout.part_shape(self.part, rows, size)
+        shape = self.layout.part_shape(self.part, rows, size)
+        return shape[::-1] if self.layout.signed and _is_transposed(self.source) else shape
 
 
 @dataclass(frozen=True)
@@ -230,10 +250,13 @@ class DequantizedSource:
     layout: BlockFormat
 
     def load(self, dtype: torch.dtype) -> torch.Tensor:
-        size = _as_rows(self.source).shape()[1]
-        rows = torch.from_numpy(dequantize_rows(_quantize(self.source, self.layout), self.layout, size)).to(dtype)
-        is_transposed = isinstance(self.source, WeightSource) and self.source.transpose
-        return rows.t().contiguous() if is_transposed else rows
+        quantized, size = _quantize(self.source, self.layout), _as_rows(self.source).shape()[1]
+        if isinstance(quantized, SignedRows):
+            values = quantized.values()
+        else:
+            values = dequantize_rows(quantized, self.layout, size)
+        rows = torch.from_numpy(values).to(dtype)
+        return rows.t().contiguous() if _is_transposed(self.source) else rows
 
     def shape(self) -> tuple[int, ...]:
         return self.source.shape()

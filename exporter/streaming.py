@@ -27,6 +27,7 @@ _TORCH_DTYPES = {
     ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.INT64: torch.int64,
     ir.DataType.UINT8: torch.uint8,
+    ir.DataType.INT4: torch.uint8,  # two in a byte
 }
 
 
@@ -34,7 +35,7 @@ def _size(value: ir.Value) -> int:
     """Bytes of an initializer."""
     if value.shape is None or value.dtype is None:
         raise RuntimeError(f"initializer {value.name} has no shape or type")
-    return int(math.prod(int(size) for size in value.shape) * value.dtype.itemsize)
+    return math.ceil(math.prod(int(size) for size in value.shape) * value.dtype.itemsize)
 
 
 def bytes_to_write(model: ir.Model, sources: Mapping[str, Source]) -> int:

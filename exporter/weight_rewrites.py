@@ -1,8 +1,8 @@
-"""The graph rewrite that puts quantised weights in place of float ones."""
+"""The graph rewrites that put quantised weights in place of float ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -10,7 +10,7 @@ import onnx_ir as ir
 from dspark_edge.exporter.quantization import BlockFormat, BlockSource, LastMatrix, Part, WeightFormats
 from dspark_edge.exporter.weights import Source
 
-__all__ = ["QuantizeWeights", "quantize_graph"]
+__all__ = ["DequantizeWeights", "QuantizeWeights", "quantize_graph"]
 
 _MICROSOFT = "com.microsoft"
 _PART_TYPES: Mapping[Part, ir.DataType] = {
@@ -20,7 +20,61 @@ _PART_TYPES: Mapping[Part, ir.DataType] = {
 }
 
 
-class QuantizeWeights(ir.passes.InPlacePass):
+class _WeightRewrite(ir.passes.InPlacePass):
+    """What the rewrites share: which nodes have a weight that is to be in blocks, and the initializers of its parts.
+
+    Args:
+        formats: of the parameters.
+    """
+
+    def __init__(self, formats: WeightFormats) -> None:
+        super().__init__()
+        self.formats = formats
+        self.parts: dict[str, tuple[str, Part]] = {}  # new initializer → the weight that it is a part of, and which
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in list(model.graph):
+            weight, layout = self._weight_of(node, model.graph)
+            if weight is None or layout is None:
+                continue
+            self._rewrite(model.graph, node, weight, layout)
+            modified = True
+            if not weight.uses():
+                del model.graph.initializers[str(weight.name)]
+        if modified:
+            self._finish(model)
+        return ir.passes.PassResult(model, modified)
+
+    def _rewrite(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, layout: BlockFormat) -> None:
+        """Put blocks in place of a node's weight."""
+        raise NotImplementedError
+
+    def _finish(self, model: ir.Model) -> None:
+        """After the last node, if there was any."""
+
+    def _weight_of(self, node: ir.Node, graph: ir.Graph) -> tuple[ir.Value | None, BlockFormat | None]:
+        """The node's input that is to be in blocks, and their format."""
+        for value in node.inputs:
+            if value is not None and value.name in graph.initializers:
+                layout = self.formats.of(str(value.name))
+                if layout is not None:
+                    return value, layout
+        return None, None
+
+    def _part(
+        self, graph: ir.Graph, weight: ir.Value, part: Part, shape: tuple[int, ...], kind: ir.DataType, suffix: str
+    ) -> ir.Value:
+        """The initializer of a part, made when it is first asked for."""
+        name = f"{weight.name}.{suffix}"
+        if name not in graph.initializers:
+            value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind))
+            graph.initializers[name] = value
+            self.parts[name] = str(weight.name), part
+        return graph.initializers[name]
+
+
+class QuantizeWeights(_WeightRewrite):
     """Products with a weight, and look-ups in one, become operators on its blocks.
 
     Before::
@@ -43,38 +97,19 @@ class QuantizeWeights(ir.passes.InPlacePass):
     """
 
     def __init__(self, formats: WeightFormats, accuracy_level: int) -> None:
-        super().__init__()
-        self.formats, self.accuracy_level = formats, accuracy_level
-        self.parts: dict[str, tuple[str, Part]] = {}  # new initializer → the weight that it is a part of, and which
+        super().__init__(formats)
+        self.accuracy_level = accuracy_level
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        modified = False
-        for node in list(model.graph):
-            weight, layout = self._weight_of(node, model.graph)
-            if weight is None or layout is None:
-                continue
-            rewrite = self._look_up if node.op_type == "Gather" else self._product
-            new = rewrite(model.graph, node, weight, layout)
-            old, result = node.outputs[0], new.outputs[0]
-            result.name, result.type, result.shape = old.name, old.type, old.shape
-            model.graph.insert_before(node, new)
-            ir.convenience.replace_all_uses_with([old], [result], replace_graph_outputs=True)
-            model.graph.remove(node, safe=True)
-            modified = True
-            if not weight.uses():
-                del model.graph.initializers[str(weight.name)]
-        if modified:
-            model.opset_imports[_MICROSOFT] = 1
-        return ir.passes.PassResult(model, modified)
+    def _rewrite(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, layout: BlockFormat) -> None:
+        new = (self._look_up if node.op_type == "Gather" else self._product)(graph, node, weight, layout)
+        old, result = node.outputs[0], new.outputs[0]
+        result.name, result.type, result.shape = old.name, old.type, old.shape
+        graph.insert_before(node, new)
+        ir.convenience.replace_all_uses_with([old], [result], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
 
-    def _weight_of(self, node: ir.Node, graph: ir.Graph) -> tuple[ir.Value | None, BlockFormat | None]:
-        """The node's input that is to be in blocks, and their format."""
-        for value in node.inputs:
-            if value is not None and value.name in graph.initializers:
-                layout = self.formats.of(str(value.name))
-                if layout is not None:
-                    return value, layout
-        return None, None
+    def _finish(self, model: ir.Model) -> None:
+        model.opset_imports[_MICROSOFT] = 1
 
     def _product(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, layout: BlockFormat) -> ir.Node:
         transposed = node.op_type == "Gemm"
@@ -87,7 +122,10 @@ class QuantizeWeights(ir.passes.InPlacePass):
             raise RuntimeError(f"{weight.name} is used by {node.op_type}, which has no form for quantised weights")
         first, second = _sizes(weight)
         rows, size = (first, second) if transposed else (second, first)
-        parts = [self._part(graph, weight, part, layout.part_shape(part, rows, size), part) for part in _PART_TYPES]
+        parts = [
+            self._part(graph, weight, part, layout.part_shape(part, rows, size), kind, part)
+            for part, kind in _PART_TYPES.items()
+        ]
         settings = {"K": size, "N": rows, "bits": layout.bits, "block_size": layout.block_size}
         settings["accuracy_level"] = self.accuracy_level
         return _node("MatMulNBits", [node.inputs[0], *parts], settings, node.name)
@@ -97,9 +135,11 @@ class QuantizeWeights(ir.passes.InPlacePass):
         if size % layout.block_size or node.inputs[0] is not weight:
             raise RuntimeError(f"{weight.name}: rows of {size} are not whole blocks of {layout.block_size}")
         _, blocks, bytes_of_a_block = layout.part_shape("blocks", rows, size)
-        parts = [self._part(graph, weight, "blocks", (rows, blocks * bytes_of_a_block), "rows")]
-        for part in ("scales", "zero_points"):
-            parts.append(self._part(graph, weight, part, layout.part_shape(part, rows, size), part))
+        parts = [self._part(graph, weight, "blocks", (rows, blocks * bytes_of_a_block), ir.DataType.UINT8, "rows")]
+        others: tuple[Part, ...] = ("scales", "zero_points")
+        for part in others:
+            shape = layout.part_shape(part, rows, size)
+            parts.append(self._part(graph, weight, part, shape, _PART_TYPES[part], part))
         settings = {
             "gather_axis": 0,
             "quantize_axis": 1,
@@ -108,14 +148,42 @@ class QuantizeWeights(ir.passes.InPlacePass):
         }
         return _node("GatherBlockQuantized", [parts[0], node.inputs[1], *parts[1:]], settings, node.name)
 
-    def _part(self, graph: ir.Graph, weight: ir.Value, part: Part, shape: tuple[int, ...], suffix: str) -> ir.Value:
-        """The initializer of a part, made when it is first asked for."""
-        name = f"{weight.name}.{suffix}"
-        if name not in graph.initializers:
-            value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(_PART_TYPES[part]))
-            graph.initializers[name] = value
-            self.parts[name] = str(weight.name), part
-        return graph.initializers[name]
+
+class DequantizeWeights(_WeightRewrite):
+    """Weights of products become signed numbers of 4 bits behind DequantizeLinear: standard operators, of opset 21.
+
+    Before::
+
+        y = MatMul(x, weight)                                                 weight [K, N]
+
+    After::
+
+        values = DequantizeLinear <axis = 0, block_size> (weight.numbers, weight.scales)
+        y = MatMul(x, values)                          weight.numbers [K, N] int4, weight.scales [K / block_size, N]
+
+    TensorRT multiplies with the numbers themselves. Preconditions: the formats name the initializer, and are signed; K
+    is whole blocks. Postcondition: `parts` has the part of every new initializer, by its name.
+    """
+
+    def _rewrite(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, layout: BlockFormat) -> None:
+        if node.op_type != "MatMul" or node.inputs[1] is not weight:
+            raise RuntimeError(f"{weight.name} is used by {node.op_type}, which has no form for quantised weights")
+        size, rows = _sizes(weight)
+        if size % layout.block_size:
+            raise RuntimeError(f"{weight.name}: rows of {size} are not whole blocks of {layout.block_size}")
+        if weight.dtype != ir.DataType.FLOAT16:
+            raise RuntimeError(f"{weight.name} is {weight.dtype}, but scales of signed blocks are float16")
+        parts: dict[Part, ir.DataType] = {"numbers": ir.DataType.INT4, "scales": ir.DataType.FLOAT16}
+        inputs = [
+            self._part(graph, weight, part, layout.part_shape(part, rows, size)[::-1], kind, part)
+            for part, kind in parts.items()
+        ]
+        settings = {"axis": 0, "block_size": layout.block_size}
+        new = _node("DequantizeLinear", inputs, settings, f"{weight.name}.dequantize", domain="")
+        values = new.outputs[0]
+        values.name, values.type, values.shape = f"{weight.name}.values", weight.type, weight.shape
+        graph.insert_before(node, new)
+        node.replace_input_with(1, values)
 
 
 def _sizes(weight: ir.Value) -> tuple[int, int]:
@@ -125,16 +193,26 @@ def _sizes(weight: ir.Value) -> tuple[int, int]:
     return first, second
 
 
-def _node(kind: str, inputs: list[ir.Value | None], settings: Mapping[str, int], name: str | None) -> ir.Node:
+def _node(
+    kind: str,
+    inputs: Sequence[ir.Value | None],
+    settings: Mapping[str, int],
+    name: str | None,
+    domain: str = _MICROSOFT,
+) -> ir.Node:
     attributes: list[Any] = [ir.AttrInt64(key, value) for key, value in settings.items()]
-    return ir.Node(_MICROSOFT, kind, inputs, attributes, num_outputs=1, name=name)
+    return ir.Node(domain, kind, inputs, attributes, num_outputs=1, name=name)
 
 
 def quantize_graph(
-    model: ir.Model, sources: Mapping[str, Source], formats: WeightFormats, accuracy_level: int
+    model: ir.Model, sources: Mapping[str, Source], formats: WeightFormats, accuracy_level: int | None
 ) -> dict[str, Source]:
-    """Rewrite a traced graph in place; the sources of its parameters from then on."""
-    rewrite = QuantizeWeights(formats, accuracy_level)
+    """Rewrite a traced graph in place; the sources of its parameters from then on.
+
+    Args:
+        accuracy_level: of ONNX Runtime's products; None: weights stand behind DequantizeLinear.
+    """
+    rewrite = DequantizeWeights(formats) if accuracy_level is None else QuantizeWeights(formats, accuracy_level)
     rewrite(model)
     last = LastMatrix()
     parts: dict[str, Source] = {}

@@ -19,7 +19,7 @@ from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import sized
 from dspark_edge.engines.errors import BundleError, EngineError, InvalidInputError
 from dspark_edge.engines.machine import installed_version, probe_memory, probe_nvidia_driver
-from dspark_edge.engines.manifest import QUANTIZED_PRECISIONS, Manifest
+from dspark_edge.engines.manifest import ONNX_RUNTIME_PRECISIONS, Manifest
 from dspark_edge.engines.profile import graphs_digest
 from dspark_edge.engines.replace_file import replace_file, write_problem
 from dspark_edge.engines.tensorrt.flavour import Flavour
@@ -42,7 +42,7 @@ Report = Callable[[str, float], None]
 _TIMING_CACHE = "timing.cache"
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _NO_KERNEL = "dedicated kernel"  # what TensorRT says of attention that it can only build of single operators
-_HALF = ("fp16", "bf16")
+_HALF = ("fp16", "bf16", "w4a16")  # activations are
 # Of the largest graph's weights, at the peak: the mapped file, what the builder makes of it, its engine and that
 # serialized. Measured with TensorRT for RTX 1.7, in one packing; where `decode` has its own there are two.
 _HOST_COPIES = 5
@@ -99,7 +99,7 @@ def build_engines(
     """Build every graph of a bundle.
 
     Args:
-        bundle: of the lowering `onnx` or `decomposed`, in a float precision.
+        bundle: of the lowering `onnx` or `decomposed`, in a float precision or w4a16.
         flavour: which TensorRT builds.
         options: for which shapes and devices.
         report: progress.
@@ -113,10 +113,10 @@ def build_engines(
         BundleError: a file cannot be written.
     """
     manifest = bundle.manifest
-    if manifest.precision in QUANTIZED_PRECISIONS:
+    if manifest.precision in ONNX_RUNTIME_PRECISIONS:
         raise InvalidInputError(
             f"the bundle's weights are {manifest.precision} in ONNX Runtime's own blocks, which TensorRT does not "
-            "read; export with --precision fp16"
+            "read; export with --precision w4a16 or fp16"
         )
     if options.timing_cache is not None and not flavour.times_tactics:
         raise InvalidInputError(

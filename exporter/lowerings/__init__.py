@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.engines.manifest import Precision
 
 __all__ = ["LOWERINGS", "Lowering", "get_lowering"]
 
@@ -33,7 +34,7 @@ class Lowering:
     translations: Mapping[Callable[..., Any], Callable[..., Any]]  # torch operator overload → onnxscript function
     dynamic_capacity: bool  # whether the cache capacity may be a symbolic dimension
     batched: bool  # whether a batch of more than one may be wider than one token
-    low_bit: bool = False  # whether weights may be ONNX Runtime's MatMulNBits
+    low_bit: tuple[Precision, ...] = ()  # quantized precisions that it has operators for
     rewrites: tuple[Callable[[], ir.passes.InPlacePass], ...] = ()  # passes that finish a traced graph
 
 

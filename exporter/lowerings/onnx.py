@@ -70,5 +70,5 @@ LOWERING = Lowering(
     },
     dynamic_capacity=False,  # TensorRT's KV_CACHE_UPDATE wants a static capacity
     batched=True,
-    low_bit=True,
+    low_bit=("int8", "int4", "w4a16"),
 )

@@ -89,6 +89,6 @@ LOWERING = Lowering(
     },
     dynamic_capacity=True,
     batched=False,
-    low_bit=True,
+    low_bit=("int8", "int4"),
     rewrites=(PackQueryKeyValue, FuseSkipNorm),
 )

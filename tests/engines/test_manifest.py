@@ -104,7 +104,7 @@ def test_reads_what_it_writes(manifest: Manifest) -> None:
 
 def test_quantization_is_for_low_bit_precisions() -> None:
     """Manifests without the key are valid, and one is written only where there is something to say."""
-    quantized = dataclasses.replace(dspark_manifest(), quantization=Quantization(32, 4, 8))
+    quantized = dataclasses.replace(dspark_manifest(), quantization=Quantization(32, 8, 4))
     data = changed("quantization", QUANTIZATION)
     assert quantized.to_json() == data and Manifest.from_json(data) == quantized
     assert "quantization" not in dspark_manifest().to_json()
@@ -117,6 +117,27 @@ def test_quantization_is_for_low_bit_precisions() -> None:
         wrong = changed("quantization", {**QUANTIZATION, name: value})
         with pytest.raises(BundleError, match=rf"manifest\.quantization\.{name} is .*expected"):
             Manifest.from_json(wrong)
+
+
+@pytest.mark.parametrize(
+    ("precision", "quantization", "problem"),
+    [
+        ("int4", {"block_size": 32, "vocabulary_bits": 8}, r"accuracy_level is missing, but the precision is 'int4'"),
+        ("int8", {**QUANTIZATION, "vocabulary_bits": 16}, "vocabulary_bits is 16, but .* 'int8'; expected 4 or 8"),
+        ("w4a16", {"block_size": 64, "vocabulary_bits": 8}, "vocabulary_bits is 8, but .* 'w4a16'; expected 16"),
+        ("w4a16", {**QUANTIZATION, "vocabulary_bits": 16}, "accuracy_level is given, but the precision is 'w4a16'"),
+        ("w4a16", {"block_size": 64, "vocabulary_bits": 16}, None),
+    ],
+)
+def test_what_goes_with_which_precision(precision: str, quantization: dict[str, int], problem: str | None) -> None:
+    """The reader and the schema agree."""
+    data = {**changed("quantization", quantization), "precision": precision}
+    assert validator().is_valid(data) == (problem is None)
+    if problem is None:
+        assert Manifest.from_json(data).quantization == Quantization(64, 16)
+    else:
+        with pytest.raises(BundleError, match=problem):
+            Manifest.from_json(data)
 
 
 def test_the_schema_knows_quantization() -> None:
@@ -340,7 +361,11 @@ def test_the_schema_has_the_keys_of_the_dataclasses() -> None:
     ):
         keys = [field.name for field in dataclasses.fields(cls)]
         assert list(definitions[cls.__name__]["properties"]) == keys
-        optional = {DrafterFacts: ["draft_vocab_size"], Manifest: ["quantization"]}.get(cls, [])
+        optional = {
+            DrafterFacts: ["draft_vocab_size"],
+            Manifest: ["quantization"],
+            Quantization: ["accuracy_level"],
+        }.get(cls, [])
         assert definitions[cls.__name__]["required"] == [key for key in keys if key not in optional]
         assert definitions[cls.__name__]["additionalProperties"] is False
     assert schema["properties"]["schema_version"]["const"] == module.SCHEMA_VERSION

@@ -93,22 +93,23 @@ def test_attention_without_a_kernel_is_built_of_single_operators(
 
 
 @pytest.mark.needs_export
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "w4a16"])
 def test_half_precision_is_built_with_kernels_for_whole_attention(
-    export_once: Callable[..., Path], reference_dir: Path, tmp_path: Path, flavour: Flavour
+    precision: str, export_once: Callable[..., Path], reference_dir: Path, tmp_path: Path, flavour: Flavour
 ) -> None:
     made = export_once(
-        "fp16",
+        precision,
         reference_dir / "qwen3_target",
         reference_dir / "qwen3_rnn",
         lowering="onnx",
-        precision="fp16",
+        precision=precision,
         capacity=128,
     )
     shutil.copytree(made, tmp_path / "bundle")
     bundle = Bundle.open(tmp_path / "bundle")
     record = EngineRecord.load(bundle, build_engines(bundle, flavour, BuildOptions(SIZES)).name)
     assert record is not None
-    assert record.precision == "fp16"
+    assert record.precision == precision
     assert not any(engine.decomposed_attention for engine in record.engines.values())
 
 

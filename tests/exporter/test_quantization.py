@@ -36,8 +36,9 @@ from dspark_edge.exporter.quantization import (
     quantize_rows,
     weight_formats,
 )
+from dspark_edge.exporter.signed_rounding import pack_int4, round_signed
 from dspark_edge.exporter.text_parity import compare_on_text, tokenize_file
-from dspark_edge.exporter.weight_rewrites import QuantizeWeights
+from dspark_edge.exporter.weight_rewrites import DequantizeWeights, QuantizeWeights
 from dspark_edge.exporter.weights import ComputedSource
 from dspark_edge.runtime import Generator, SamplingParams
 
@@ -114,6 +115,53 @@ def test_parts_are_read_once_in_turn_and_right_in_any_order() -> None:
     assert (dequantized - compute()).abs().max() <= 0.5001 * first["scales"].max()
 
 
+def test_signed_blocks_by_hand() -> None:
+    """−7 … 7 times the scale where the largest is worth it, and a clipped one where all others are better off."""
+    row = np.zeros((1, 32), np.float32)
+    row[0, :15] = np.arange(-7, 8) / 4
+    row[0, 16] = 1e-9  # below any float16 scale: a block of zeros, whose scale is positive all the same
+    rounded = round_signed(row, 16)
+    assert rounded.scales.dtype == np.float16 and rounded.scales.tolist() == [[0.25, 2.0**-24]]
+    assert rounded.numbers[0, :15].tolist() == list(range(-7, 8)) and not rounded.numbers[0, 15:].any()
+    assert rounded.values()[0, :16].tolist() == row[0, :16].tolist()
+    # At 3.2 / 7 the fifteen of 0.36 would be 0.457. At 0.95 of that they are 0.434, for 0.16 less of the largest.
+    clipped = round_signed(np.array([[3.2, *[0.36] * 15]], np.float32), 16)
+    assert clipped.numbers.tolist() == [[7, *[1] * 15]]
+    assert clipped.scales[0, 0] == np.float16(0.95 * 3.2 / 7)
+
+
+def test_signed_blocks_are_rounded_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).normal(size=(20, 64)).astype(np.float32)
+    whole = round_signed(rows, 32)
+    monkeypatch.setattr("dspark_edge.exporter.signed_rounding._PIECE", 7)
+    again = round_signed(rows, 32)
+    np.testing.assert_array_equal(again.numbers, whole.numbers)
+    np.testing.assert_array_equal(again.scales, whole.scales)
+    errors = np.square(whole.values() - rows).reshape(20, 2, 32).sum(axis=-1)
+    blocks = rows.reshape(20, 2, 32)
+    scales = (np.abs(blocks).max(axis=-1, keepdims=True) / 7).astype(np.float16).astype(np.float32)
+    unclipped = np.square(np.rint(blocks / scales) * scales - blocks).sum(axis=-1)
+    assert (errors <= unclipped * (1 + 1e-5)).all() and errors.sum() < 0.95 * unclipped.sum()
+    with pytest.raises(RuntimeError, match="rows of 64 are not whole blocks of 48"):
+        round_signed(rows, 48)
+
+
+def test_signed_parts_lie_as_the_product_wants_them() -> None:
+    rows = torch.arange(-24.0, 24).reshape(3, 16)  # two of them have 24, the largest, at an end
+    layout = BlockFormat(4, 16, signed=True)
+    rounded, last = round_signed(rows.numpy(), 16), LastMatrix()
+    plain = ComputedSource("rows", lambda: rows, (3, 16))
+    numbers = BlockSource(plain, layout, "numbers", last)
+    assert numbers.shape() == (3, 16)
+    packed = numbers.load(torch.uint8)
+    assert torch.equal(packed, pack_int4(torch.from_numpy(rounded.numbers)))
+    unpacked = torch.stack((packed & 15, packed >> 4), dim=-1).reshape(3, 16).to(torch.int8)
+    assert torch.equal(torch.where(unpacked > 7, unpacked - 16, unpacked), torch.from_numpy(rounded.numbers))
+    assert pack_int4(torch.tensor([-8, 7, -1], dtype=torch.int8)).tolist() == [0x78, 0x0F]
+    dequantized = DequantizedSource(plain, layout).load(torch.float32)
+    assert torch.equal(dequantized, torch.from_numpy(rounded.values()))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_refused(value: float) -> None:
     source = ComputedSource("matrix", lambda: torch.tensor([[value] + [0.0] * 31]), (1, 32))
@@ -187,6 +235,44 @@ def test_products_and_look_ups_take_blocks() -> None:
     assert not rewrite(model).modified
 
 
+def test_products_take_signed_numbers() -> None:
+    """Embedding and head stay as they are, and the operator is ONNX's own."""
+    model = small_graph()
+    for value in model.graph.initializers.values():
+        value.type = ir.TensorType(ir.DataType.FLOAT16)
+    rewrite = DequantizeWeights(WeightFormats(BlockFormat(4, 16, signed=True), None))
+    assert rewrite(model).modified
+    assert [node.op_type for node in model.graph] == ["DequantizeLinear", "MatMul", "Gemm", "Gather", "MatMul"]
+    values, projected = model.graph[0], model.graph[1]
+    assert values.domain == "" and list(model.opset_imports) == [""]
+    assert {name: entry.value for name, entry in values.attributes.items()} == {"axis": 0, "block_size": 16}
+    assert projected.inputs[1] is values.outputs[0] and values.outputs[0].dtype == ir.DataType.FLOAT16
+    parts = {
+        name: (value.dtype, tuple(value.shape or ()))
+        for name, value in model.graph.initializers.items()
+        if "o_proj" in name
+    }
+    assert parts == {
+        "layers.0.self_attn.o_proj.weight.numbers": (ir.DataType.INT4, (32, 8)),
+        "layers.0.self_attn.o_proj.weight.scales": (ir.DataType.FLOAT16, (2, 8)),
+    }
+    assert not rewrite(model).modified
+
+
+def test_what_has_no_form_for_signed_numbers_is_an_error() -> None:
+    model = small_graph()
+    with pytest.raises(RuntimeError, match=r"o_proj\.weight is FLOAT, but scales of signed blocks are float16"):
+        DequantizeWeights(WeightFormats(BlockFormat(4, 16, signed=True), None))(model)
+    with pytest.raises(RuntimeError, match="rows of 32 are not whole blocks of 64"):
+        DequantizeWeights(WeightFormats(BlockFormat(4, 64, signed=True), None))(small_graph())
+    with pytest.raises(RuntimeError, match=r"embed_tokens\.weight is used by Gemm"):
+        everything = BlockFormat(4, 16, signed=True)
+        half = small_graph()
+        for value in half.graph.initializers.values():
+            value.type = ir.TensorType(ir.DataType.FLOAT16)
+        DequantizeWeights(WeightFormats(everything, everything))(half)
+
+
 def test_what_has_no_form_for_blocks_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="rows of 32 are not whole blocks of 64"):
         QuantizeWeights(WeightFormats(BlockFormat(4, 64), BlockFormat(4, 64)), 4)(small_graph())
@@ -227,12 +313,19 @@ def test_which_parameters_are_quantized() -> None:
     ("options", "message"),
     [
         ({"precision": "int4", "lowering": "decomposed"}, "choose the lowering 'ort' or 'onnx', or the precision fp32"),
-        ({"accuracy_level": 4}, "accuracy_level is given, but fp32 weights are not quantized; choose .* int8 or int4"),
+        ({"accuracy_level": 4}, "accuracy_level is given, but fp32 weights have none; choose .* int8 or int4"),
         ({"precision": "fp16", "weight_block_size": 32}, "weight_block_size is given, but fp16"),
         ({"precision": "int8", "weight_block_size": 48}, "weight_block_size is 48, expected one of: 16, 32, 64, 128"),
         ({"precision": "int8", "vocabulary_bits": 4}, "vocabulary_bits is 4, but the other weights are int8"),
         ({"precision": "int4", "vocabulary_bits": 6}, "vocabulary_bits is 6, expected one of: 4, 8"),
         ({"precision": "int8", "accuracy_level": 2}, "accuracy_level is 2, expected one of: 1, 4"),
+        (
+            {"precision": "w4a16"},
+            "the 'ort' lowering has no operators for w4a16 weights; choose the lowering 'onnx', or",
+        ),
+        ({"precision": "w4a16", "lowering": "decomposed"}, "the 'decomposed' lowering has no operators for w4a16"),
+        ({"precision": "w4a16", "lowering": "onnx", "accuracy_level": 1}, "accuracy_level is given, but w4a16"),
+        ({"precision": "w4a16", "lowering": "onnx", "vocabulary_bits": 8}, "vocabulary_bits is given, but w4a16"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
@@ -260,7 +353,7 @@ def test_block_sizes_fit_the_hidden_size(
     config = dataclasses.replace(read_decoder_config(given, "a test"), hidden_size=hidden_size)
     options = ExportOptions(precision="int4", weight_block_size=wanted, vocabulary_bits=bits)
     if isinstance(expected, int):
-        assert options.resolve_quantization(config) == Quantization(expected, 4, bits)
+        assert options.resolve_quantization(config) == Quantization(expected, bits, 4)
         return
     with pytest.raises(InvalidInputError, match=expected):
         options.resolve_quantization(config)
@@ -273,9 +366,22 @@ def test_a_block_size_that_does_not_fit_leaves_nothing(reference_dir: Path, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_signed_blocks_are_whole_in_every_projection(make_target: Checkpoint, tmp_path: Path) -> None:
+    """Hidden size 32 and intermediate size 48: 16 fits both, and 64 is wanted."""
+    folder = make_target(tmp_path / "target")
+    config = read_decoder_config(json.loads((folder / "config.json").read_text()), "target")
+    half = ExportOptions(lowering="onnx", precision="w4a16")
+    assert half.resolve_quantization(config) == Quantization(16, 16)
+    with pytest.raises(InvalidInputError, match=r"weight_block_size is 32, .* whole blocks; choose one of: 16"):
+        dataclasses.replace(half, weight_block_size=32).resolve_quantization(config)
+    odd = dataclasses.replace(config, intermediate_size=50)
+    with pytest.raises(InvalidInputError, match=r"rows of .*50.* whole blocks; choose the precision fp16"):
+        half.resolve_quantization(odd)
+
+
 def test_a_manifest_that_does_not_say_how() -> None:
     assert weight_formats("fp32", None) is None
-    assert weight_formats("int4", Quantization(64, 1, 8)) == WeightFormats(BlockFormat(4, 64), BlockFormat(8, 64))
+    assert weight_formats("int4", Quantization(64, 8, 1)) == WeightFormats(BlockFormat(4, 64), BlockFormat(8, 64))
     with pytest.raises(BundleError, match="int4, but its manifest lacks 'quantization'"):
         weight_formats("int4", None)
 
@@ -336,6 +442,35 @@ def test_graphs_compute_what_the_blocks_say(
     assert data["quantization"]["top1_agreement"] == shift.top1_agreement
 
 
+@pytest.fixture(scope="session")
+def half_bundle(export_once: Callable[..., Path], reference_dir: Path) -> Path:
+    """A reference pair with projections of 4 bits behind DequantizeLinear, all else in half precision."""
+    options = {"lowering": "onnx", "precision": "w4a16", "capacity": 128, "weight_block_size": 16}
+    pair = reference_dir / "qwen3_target", reference_dir / "qwen3_rnn"
+    return export_once("qwen3-w4a16", *pair, **options)
+
+
+def test_signed_blocks_in_half_precision(half_bundle: Path, reference_dir: Path) -> None:
+    """They are standard operators, compute what the blocks say, and drafts change no token."""
+    bundle = Bundle.open(half_bundle)
+    assert bundle.manifest.quantization == Quantization(16, 16) and set(bundle.manifest.opsets) == {""}
+    report = compare_bundle(half_bundle, reference_dir / "qwen3_target", reference_dir / "qwen3_rnn")
+    assert report.passed, report.to_json()
+    assert {row.tolerance for row in report.rows if row.name == "logits"} == {2e-2}
+    assert report.quantization is not None and report.quantization.top1_agreement >= 0.6
+    model = onnx.load(bundle.graph_path("target"), load_external_data=False)
+    kinds = {
+        tensor.name.rsplit(".", 1)[1]: tensor.data_type for tensor in model.graph.initializer if "_proj" in tensor.name
+    }
+    assert kinds["numbers"] == onnx.TensorProto.INT4 and kinds["scales"] == onnx.TensorProto.FLOAT16
+    settings = SamplingParams(max_new_tokens=16, ignore_eos=True)
+    answers = {}
+    for mode in ("plain", "static"):
+        with Generator.open(half_bundle, mode=mode, threads=1) as generator:
+            answers[mode] = [generator.generate(prompt, settings).token_ids for prompt in ([1, 5, 9, 200, 31], [7])]
+    assert answers["static"] == answers["plain"]
+
+
 def test_int8_activations_stay_within_their_tolerance(quantized_bundle: QuantizedBundle, reference_dir: Path) -> None:
     target, drafter = reference_dir / "qwen3_target", reference_dir / "qwen3_rnn"
     report = compare_bundle(quantized_bundle("qwen3_target", "qwen3_rnn", "int8"), target, drafter)
@@ -348,7 +483,7 @@ def test_int8_activations_stay_within_their_tolerance(quantized_bundle: Quantize
 def test_a_tied_embedding_is_stored_once(quantized_bundle: QuantizedBundle) -> None:
     """Its head's blocks are the embedding's, in the target as in the drafter."""
     bundle = Bundle.open(quantized_bundle("qwen3_target", "qwen3_rnn", "int4"))
-    assert bundle.manifest.precision == "int4" and bundle.manifest.quantization == Quantization(32, 4, 8)
+    assert bundle.manifest.precision == "int4" and bundle.manifest.quantization == Quantization(32, 8, 4)
     places = {}
     for role in ("target", "drafter"):
         model = onnx.load(bundle.graph_path(role), load_external_data=False)
