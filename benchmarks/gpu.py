@@ -10,7 +10,8 @@ BUNDLE has engines built for this GPU (`dspark-edge build`). Measured, as median
 - the device's time of each call (captured, between two events): the target by width, the drafter, the greedy sampler;
 - whole rounds with γ drafts verified: wall time, the device's time of their calls, and the rest, which is the host's;
 - tokens/s of the modes (`scheduled` where the bundle has been profiled with this engine), interleaved, same prompts;
-- with --torch, the target alone in torch on this GPU, eager and compiled, in the bundle's precision.
+- with --torch, the target alone in torch on this GPU, eager and compiled, in the precision of the bundle's
+  activations.
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ def torch_steps(target: str, precision: str, context: int, repeats: int, device:
     import torch
     from transformers import AutoModelForCausalLM, StaticCache
 
-    path, dtype = Path(target), {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    dtypes = {"fp16": torch.float16, "w4a16": torch.float16, "bf16": torch.bfloat16}
+    path, dtype = Path(target), dtypes.get(precision, torch.float32)
     folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).to(device).eval()
     ids, position = torch.ones((1, 1), dtype=torch.int64, device=device), torch.tensor([context], device=device)
