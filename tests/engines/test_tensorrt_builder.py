@@ -66,6 +66,18 @@ def test_every_graph_becomes_an_engine(decomposed: Bundle, flavour: Flavour) -> 
     Bundle.open(decomposed.path).verify()  # the bundle itself is as it was
 
 
+def test_weights_of_4_bits_become_an_engine(tmp_path: Path, flavour: Flavour) -> None:
+    """DequantizeLinear of int4 is read as such, and the numbers stay what they are: the engine is small."""
+    shutil.copytree(BUNDLES / "qwen3_rnn_w4a16", tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    network = parsed(flavour, bundle, "target").network
+    kinds = [network.get_layer(index).type for index in range(network.num_layers)]
+    weights = 4 * bundle.manifest.target.num_layers  # of each layer's projections
+    assert kinds.count(flavour.trt.LayerType.DEQUANTIZE) == weights + 1  # and the drafter's context
+    record = EngineRecord.load(bundle, build_engines(bundle, flavour, BuildOptions(SIZES)).name)
+    assert record is not None and record.precision == "w4a16"
+
+
 @pytest.mark.needs_export
 def test_caches_are_updated_in_place(reference_bundle: ReferenceBundle, flavour: Flavour) -> None:
     bundle = Bundle.open(reference_bundle("qwen3_target", "qwen3_vanilla", "onnx"))

@@ -36,8 +36,19 @@ def flavour(request: pytest.FixtureRequest, cuda: Cuda) -> Flavour:
 @pytest.fixture(scope="session")
 def built(flavour: Flavour, cuda: Cuda, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The reference pair in fp32 and the `decomposed` lowering, capacity 256, with engines for this GPU."""
-    kept = Path(__file__).parents[1] / "data" / "bundles" / "qwen3_rnn_decomposed"
-    bundle = Bundle.open(shutil.copytree(kept, tmp_path_factory.mktemp(flavour.backend) / "bundle"))
+    return build_kept("qwen3_rnn_decomposed", flavour, cuda, tmp_path_factory.mktemp(flavour.backend))
+
+
+@pytest.fixture(scope="session")
+def built_w4a16(flavour: Flavour, cuda: Cuda, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same pair with weights of 4 bits, in the `onnx` lowering."""
+    return build_kept("qwen3_rnn_w4a16", flavour, cuda, tmp_path_factory.mktemp(f"{flavour.backend}-w4a16"))
+
+
+def build_kept(name: str, flavour: Flavour, cuda: Cuda, folder: Path) -> Bundle:
+    """A bundle of the repository, copied to a folder, with engines for this GPU."""
+    kept = Path(__file__).parents[1] / "data" / "bundles" / name
+    bundle = Bundle.open(shutil.copytree(kept, folder / "bundle"))
     capabilities: tuple[str, ...] = (cuda.compute_capability,)
     try:
         if flavour.cross_builds:

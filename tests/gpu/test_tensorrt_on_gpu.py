@@ -56,6 +56,17 @@ def test_logits_are_those_of_onnxruntime(engine: TensorRTEngine, width: int) -> 
     assert (found.argmax(-1) == expected.argmax(-1)).mean() >= 0.99
 
 
+def test_weights_of_4_bits_say_what_onnxruntime_says(built_w4a16: Bundle, flavour: Flavour, cuda: Cuda) -> None:
+    """TensorRT multiplies with them in half precision, ONNX Runtime dequantises them and multiplies in float32."""
+    tokens = np.random.default_rng(0).integers(0, 256, 64)
+    with OnnxRuntimeEngine(built_w4a16) as reference:
+        expected = logits_of(reference, tokens, 8)
+    with TensorRTEngine(built_w4a16, flavour.backend, flavour, cuda) as engine:
+        found = logits_of(engine, tokens, 8)
+    assert np.abs(found - expected).max() < 5e-2 * np.abs(expected).max()
+    assert (found.argmax(-1) == expected.argmax(-1)).mean() >= 0.95
+
+
 def test_captured_runs_say_what_enqueued_ones_say(engine: TensorRTEngine) -> None:
     tokens = np.arange(8)
     runs = []
