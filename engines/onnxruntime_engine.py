@@ -215,6 +215,8 @@ class OnnxRuntimeEngine:
     def _load(self, role: str) -> Any:
         path = self._bundle.graph_path(role)
         options = self._ort.SessionOptions()
+        # Products with weights behind DequantizeLinear become MatMulNBits, which would round activations to int8.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         # Greedy acceptance takes less time than waking threads for it.
         options.intra_op_num_threads = 1 if role == "sampler_greedy" else self._threads
         if role != "target" or "drafter" in self._bundle.manifest.graphs:
