@@ -29,7 +29,7 @@ PRECISIONS: Mapping[str, str] = {
 """Precision → type of activations and caches, and of all weights that are not quantised."""
 
 _BLOCK_SIZE = 32  # where it fits
-_SIGNED_BLOCK_SIZE = 64  # the same of w4a16; TensorRT's kernels are made for 64 and 128
+_SIGNED_BLOCK_SIZE = 64  # the same of w4a16
 _VOCABULARY_BITS = (4, 8)  # of int4; rounding embedding and head to 4 costs more than it saves
 _ACCURACY_LEVEL = 4  # the kernels that a CPU is fast with
 
