@@ -243,10 +243,13 @@ class Controller:
                 if options is None:
                     state.parking = Parking(state.parking.evidence.add(round_, ParkingOptions().memory), 1)
                     continue
-                if state.parking.probing:
+                before = state.parking
+                state.parking = before.after_drafted_round(round_, options)
+                if before.probing:
                     won = round_.tokens - (1 + options.margin) * round_.plain_tokens
                     self._allowance = min(self._allowance + won, options.most_allowance)
-                state.parking = state.parking.after_drafted_round(round_, options)
+                elif state.parking.parked and before.wait >= options.start_wait:  # nothing has been won since it began
+                    self._allowance = max(self._allowance - options.stake, -options.most_allowance)
             elif options is not None and state.parking.parked:
                 state.parking = state.parking.after_parked_rounds(1, options)
         self._evidence[size] = known

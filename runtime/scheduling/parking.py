@@ -26,7 +26,8 @@ plain steps each that is 1.6 %.
 another, where drafts for a group are made one after the other and hold up all of it. So an engine has an **allowance**
 for the probes of all its sequences, in plain tokens: `probe_share` of what it decodes, `most_allowance` saved at most.
 A probe takes what it loses. One that costs more than is left waits until it can be paid; so short answers in large
-groups are not probed each on its own.
+groups are not probed each on its own. A sequence that loses its stake has had its probe: the allowance pays for that,
+too, so that a run of hopeless short answers does not lose a stake and the probes each.
 
 **A new sequence** starts with a `stake` in its bank if the engine's recent rounds paid, and parked if they did not; if
 nothing is known it asks for a probe, which decides. One that loses its stake at once waits `start_wait` rounds

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from dspark_edge.engines.bundle import Bundle
-from dspark_edge.engines.engine import Buffer, sized
+from dspark_edge.engines.engine import Buffer, HostArray, sized
 from dspark_edge.engines.errors import EngineError, InvalidInputError
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 
@@ -136,6 +137,31 @@ def test_low_bit_weights_need_a_newer_onnx_runtime(
     monkeypatch.setattr("onnxruntime.__version__", "1.22.0")
     with pytest.raises(EngineError, match=f"cannot run {precision} weights, which need 1.23; upgrade onnxruntime"):
         OnnxRuntimeEngine(dataclasses.replace(bundle, manifest=manifest))
+
+
+def test_weights_of_4_bits_meet_activations_as_they_are(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DequantizeLinear and MatMul are fused, which would round activations to int8 unless told otherwise."""
+    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 29):
+        pytest.skip("the `onnx` lowering needs ONNX Runtime 1.29.1")
+    quantized = Bundle.open(bundle.path.with_name("qwen3_rnn_w4a16"))
+
+    def logits() -> HostArray:
+        with OnnxRuntimeEngine(quantized, threads=1) as engine:
+            buffers = target_buffers(engine)
+            buffers["input_ids"].write([[104, 101, 114]])
+            buffers["logit_rows"].write(2)
+            engine.bind("target", buffers).run()
+            return buffers["logits"].read().copy()
+
+    class AsWritten(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+
+    fused = logits()
+    monkeypatch.setattr(onnxruntime, "SessionOptions", AsWritten)
+    expected = logits()
+    assert np.abs(fused - expected).max() < 2e-3 * np.abs(expected).max()
 
 
 def test_a_damaged_graph_is_named(bundle: Bundle, tmp_path: Path) -> None:

@@ -246,6 +246,27 @@ def test_a_probe_waits_until_the_allowance_pays_for_it() -> None:
     assert waited == pytest.approx(55, abs=3)  # a hundredth of two tokens a round, and a debt of a tenth
 
 
+def test_a_lost_stake_is_paid_from_the_allowance() -> None:
+    """Short hopeless answers, one after another, where the engine's calibration says that drafting pays."""
+    pricing = Dense(Device(lambda tokens: 9.0 + tokens, draft=3.0))
+    controller = Controller(LookAhead(), pricing, 7, OPTIONS, [0.7] * 7)
+    assert not controller.join().parking.parked
+    drafted = []
+    for _ in range(12):
+        state = controller.join()
+        state.parking = Parking(NOTHING_KNOWN, OPTIONS.start_wait, bank=OPTIONS.stake)  # whatever was learned of others
+        rounds = 0
+        for _ in range(64):
+            drafts = controller.drafting([state], [CONTEXT])[0]
+            offer = Offer(7, (0.02,) * 7, CONTEXT, True) if drafts else Offer(0, None, CONTEXT, True)
+            controller.record([state], controller.plan([state], [offer]), [0])
+            rounds += drafts
+        drafted.append(rounds)
+    assert drafted[0] >= 4  # of the stake, and probes that the allowance pays for
+    assert sum(drafted[4:]) / 8 * 0.3 / 64 < 0.013  # later the stake, and hardly a probe
+    assert -OPTIONS.most_allowance <= controller._allowance <= OPTIONS.most_allowance
+
+
 def test_groups_start_by_what_drafting_brings_in_groups() -> None:
     """For one sequence drafting pays; for four, one draft after the other, it does not."""
     pricing = Dense(OneByOne(table([10.0, 10.5, 11.0, 11.5]), draft=4.0))
