@@ -301,8 +301,6 @@ class Manifest(Record):
             raise BundleError(f"{where}.opsets is empty; expected at least ONNX's own domain, ''")
         if len({record.path for record in self.files}) < len(self.files):
             raise BundleError(f"{where}.files records a path twice")
-        if self.quantization is not None and self.precision not in QUANTIZED_PRECISIONS:
-            raise BundleError(f"{where}.quantization is given, but the precision is {self.precision!r}")
         if self.quantization is not None:
             self._check_quantization(self.quantization, f"{where}.quantization")
         drafted, vocab_size = self.drafter.draft_vocab_size, self.target.vocab_size
@@ -315,6 +313,8 @@ class Manifest(Record):
             raise BundleError(f"{where}.drafter.tap_layers: the target has {self.target.num_layers} layers")
 
     def _check_quantization(self, quantization: Quantization, where: str) -> None:
+        if self.precision not in QUANTIZED_PRECISIONS:
+            raise BundleError(f"{where} is given, but the precision is {self.precision!r}")
         own = self.precision in ONNX_RUNTIME_PRECISIONS
         if own == (quantization.vocabulary_bits == 16):
             expected = "4 or 8" if own else "16"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dspark_edge.engines.errors import InvalidInputError
@@ -113,15 +113,9 @@ class ExportOptions:
         bits = self.vocabulary_bits or max(_VOCABULARY_BITS)
         unit = 2 if bits == 4 else 1
         fitting = [size for size in WEIGHT_BLOCK_SIZES if target.hidden_size % (unit * size) == 0]
-        wanted = [_BLOCK_SIZE, *WEIGHT_BLOCK_SIZES] if self.weight_block_size is None else [self.weight_block_size]
-        chosen = next((size for size in wanted if size in fitting), None)
-        if chosen is None:
-            advice = f"choose one of: {', '.join(map(str, fitting))}" if fitting else "choose the precision fp32"
-            blocks = "an even number of whole blocks" if unit == 2 else "whole blocks"
-            raise InvalidInputError(
-                f"weight_block_size is {wanted[0]}, but rows of {target.hidden_size}, the hidden size, have to be "
-                f"{blocks} of {bits} bits; {advice}"
-            )
+        blocks = "an even number of whole blocks" if unit == 2 else "whole blocks"
+        demand = f"rows of {target.hidden_size}, the hidden size, have to be {blocks} of {bits} bits"
+        chosen = self._block_size(fitting, [_BLOCK_SIZE, *WEIGHT_BLOCK_SIZES], demand, "fp32")
         return Quantization(chosen, bits, self.accuracy_level or _ACCURACY_LEVEL)
 
     def _signed_block_size(self, target: DecoderConfig, drafter: DrafterConfig | None) -> int:
@@ -129,18 +123,23 @@ class ExportOptions:
         stacks = [target, *([drafter.backbone] if drafter else [])]
         sizes = {size for one in stacks for size in (one.hidden_size, one.query_size, one.intermediate_size)}
         fitting = [block for block in WEIGHT_BLOCK_SIZES if not any(size % block for size in sizes)]
-        wanted = (
-            [_SIGNED_BLOCK_SIZE, *WEIGHT_BLOCK_SIZES[::-1]]
-            if self.weight_block_size is None
-            else [self.weight_block_size]
-        )
+        rows = ", ".join(map(str, sorted(sizes)))
+        demand = f"rows of {rows} weights, those of the layers' projections, have to be whole blocks"
+        return self._block_size(fitting, [_SIGNED_BLOCK_SIZE, *WEIGHT_BLOCK_SIZES[::-1]], demand, "fp16")
+
+    def _block_size(self, fitting: Sequence[int], preferred: Sequence[int], demand: str, instead: str) -> int:
+        """The size that is asked for, or the first of the preferred ones that fits.
+
+        Args:
+            fitting: sizes that the model's rows allow.
+            demand: what they have to be, for the message.
+            instead: a precision for models that nothing fits.
+        """
+        wanted = preferred if self.weight_block_size is None else [self.weight_block_size]
         chosen = next((size for size in wanted if size in fitting), None)
         if chosen is None:
-            advice = f"choose one of: {', '.join(map(str, fitting))}" if fitting else "choose the precision fp16"
-            raise InvalidInputError(
-                f"weight_block_size is {wanted[0]}, but rows of {', '.join(map(str, sorted(sizes)))} weights, those of "
-                f"the layers' projections, have to be whole blocks; {advice}"
-            )
+            advice = f"choose one of: {', '.join(map(str, fitting))}" if fitting else f"choose the precision {instead}"
+            raise InvalidInputError(f"weight_block_size is {wanted[0]}, but {demand}; {advice}")
         return chosen
 
     @property

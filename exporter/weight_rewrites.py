@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -13,11 +13,6 @@ from dspark_edge.exporter.weights import Source
 __all__ = ["DequantizeWeights", "QuantizeWeights", "quantize_graph"]
 
 _MICROSOFT = "com.microsoft"
-_PART_TYPES: Mapping[Part, ir.DataType] = {
-    "blocks": ir.DataType.UINT8,
-    "scales": ir.DataType.FLOAT,
-    "zero_points": ir.DataType.UINT8,
-}
 
 
 class _WeightRewrite(ir.passes.InPlacePass):
@@ -26,6 +21,9 @@ class _WeightRewrite(ir.passes.InPlacePass):
     Args:
         formats: of the parameters.
     """
+
+    types: ClassVar[Mapping[Part, ir.DataType]]
+    """The parts that a weight becomes, in the order of the operator's inputs."""
 
     def __init__(self, formats: WeightFormats) -> None:
         super().__init__()
@@ -62,13 +60,11 @@ class _WeightRewrite(ir.passes.InPlacePass):
                     return value, layout
         return None, None
 
-    def _part(
-        self, graph: ir.Graph, weight: ir.Value, part: Part, shape: tuple[int, ...], kind: ir.DataType, suffix: str
-    ) -> ir.Value:
+    def _part(self, graph: ir.Graph, weight: ir.Value, part: Part, shape: tuple[int, ...], suffix: str) -> ir.Value:
         """The initializer of a part, made when it is first asked for."""
         name = f"{weight.name}.{suffix}"
         if name not in graph.initializers:
-            value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind))
+            value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(self.types[part]))
             graph.initializers[name] = value
             self.parts[name] = str(weight.name), part
         return graph.initializers[name]
@@ -96,6 +92,12 @@ class QuantizeWeights(_WeightRewrite):
     are whole blocks. Postcondition: `parts` has the part of every new initializer, by its name.
     """
 
+    types: ClassVar[Mapping[Part, ir.DataType]] = {
+        "blocks": ir.DataType.UINT8,
+        "scales": ir.DataType.FLOAT,
+        "zero_points": ir.DataType.UINT8,
+    }
+
     def __init__(self, formats: WeightFormats, accuracy_level: int) -> None:
         super().__init__(formats)
         self.accuracy_level = accuracy_level
@@ -122,10 +124,7 @@ class QuantizeWeights(_WeightRewrite):
             raise RuntimeError(f"{weight.name} is used by {node.op_type}, which has no form for quantised weights")
         first, second = _sizes(weight)
         rows, size = (first, second) if transposed else (second, first)
-        parts = [
-            self._part(graph, weight, part, layout.part_shape(part, rows, size), kind, part)
-            for part, kind in _PART_TYPES.items()
-        ]
+        parts = [self._part(graph, weight, part, layout.part_shape(part, rows, size), part) for part in self.types]
         settings = {"K": size, "N": rows, "bits": layout.bits, "block_size": layout.block_size}
         settings["accuracy_level"] = self.accuracy_level
         return _node("MatMulNBits", [node.inputs[0], *parts], settings, node.name)
@@ -135,11 +134,9 @@ class QuantizeWeights(_WeightRewrite):
         if size % layout.block_size or node.inputs[0] is not weight:
             raise RuntimeError(f"{weight.name}: rows of {size} are not whole blocks of {layout.block_size}")
         _, blocks, bytes_of_a_block = layout.part_shape("blocks", rows, size)
-        parts = [self._part(graph, weight, "blocks", (rows, blocks * bytes_of_a_block), ir.DataType.UINT8, "rows")]
-        others: tuple[Part, ...] = ("scales", "zero_points")
-        for part in others:
-            shape = layout.part_shape(part, rows, size)
-            parts.append(self._part(graph, weight, part, shape, _PART_TYPES[part], part))
+        parts = [self._part(graph, weight, "blocks", (rows, blocks * bytes_of_a_block), "rows")]
+        for part in ("scales", "zero_points"):
+            parts.append(self._part(graph, weight, part, layout.part_shape(part, rows, size), part))
         settings = {
             "gather_axis": 0,
             "quantize_axis": 1,
@@ -165,6 +162,8 @@ class DequantizeWeights(_WeightRewrite):
     is whole blocks. Postcondition: `parts` has the part of every new initializer, by its name.
     """
 
+    types: ClassVar[Mapping[Part, ir.DataType]] = {"numbers": ir.DataType.INT4, "scales": ir.DataType.FLOAT16}
+
     def _rewrite(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, layout: BlockFormat) -> None:
         if node.op_type != "MatMul" or node.inputs[1] is not weight:
             raise RuntimeError(f"{weight.name} is used by {node.op_type}, which has no form for quantised weights")
@@ -173,10 +172,8 @@ class DequantizeWeights(_WeightRewrite):
             raise RuntimeError(f"{weight.name}: rows of {size} are not whole blocks of {layout.block_size}")
         if weight.dtype != ir.DataType.FLOAT16:
             raise RuntimeError(f"{weight.name} is {weight.dtype}, but scales of signed blocks are float16")
-        parts: dict[Part, ir.DataType] = {"numbers": ir.DataType.INT4, "scales": ir.DataType.FLOAT16}
         inputs = [
-            self._part(graph, weight, part, layout.part_shape(part, rows, size)[::-1], kind, part)
-            for part, kind in parts.items()
+            self._part(graph, weight, part, layout.part_shape(part, rows, size)[::-1], part) for part in self.types
         ]
         settings = {"axis": 0, "block_size": layout.block_size}
         new = _node("DequantizeLinear", inputs, settings, f"{weight.name}.dequantize", domain="")

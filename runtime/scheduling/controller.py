@@ -246,9 +246,8 @@ class Controller:
                 before = state.parking
                 state.parking = before.after_drafted_round(round_, options)
                 if before.probing:
-                    won = round_.tokens - (1 + options.margin) * round_.plain_tokens
-                    self._allowance = min(self._allowance + won, options.most_allowance)
-                elif state.parking.parked and before.wait >= options.start_wait:  # nothing has been won since it began
+                    self._allowance = min(self._allowance + round_.won(options), options.most_allowance)
+                elif state.parking.parked and before.wait >= options.start_wait:  # it has started, or won little since
                     self._allowance = max(self._allowance - options.stake, -options.most_allowance)
             elif options is not None and state.parking.parked:
                 state.parking = state.parking.after_parked_rounds(1, options)

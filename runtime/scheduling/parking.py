@@ -109,6 +109,10 @@ class Evidence(NamedTuple):
         """With one more round, after `memory` of the rest is left."""
         return Evidence(self.tokens * memory + round_.tokens, self.plain_tokens * memory + round_.plain_tokens)
 
+    def won(self, options: ParkingOptions) -> float:
+        """Plain tokens that drafting has gained beyond its margin; negative: lost."""
+        return self.tokens - (1 + options.margin) * self.plain_tokens
+
     def fade(self, memory: float) -> Evidence:
         return Evidence(self.tokens * memory, self.plain_tokens * memory)
 
@@ -149,7 +153,7 @@ class Parking(NamedTuple):
             round_: that round's tokens and plain tokens.
         """
         evidence = self.evidence.add(round_, options.memory)
-        won = round_.tokens - (1 + options.margin) * round_.plain_tokens
+        won = round_.won(options)
         bank = min(self.bank + won, options.most_bank)
         if bank <= 0:
             return Parking(evidence, min(2 * self.wait, options.longest_wait), self.wait, True)
