@@ -157,12 +157,6 @@ class Drafter(nn.Module):
         )
         return ids, confidences, candidate_ids, candidate_probs, base_logits, present
 
-    def _largest(self, logits: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-        """The largest logits [B, M], of which the candidates' [B, K] may be some."""
-        if self.candidates >= self.peak_logits:
-            return best[:, : self.peak_logits]
-        return torch.topk(logits, self.peak_logits, dim=-1).values
-
     def _walk(
         self,
         anchor_ids: torch.Tensor,
@@ -171,44 +165,56 @@ class Drafter(nn.Module):
         temperature: torch.Tensor,
         noise: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """The γ steps of the sequential head."""
-        divisor = torch.where(temperature > 0, temperature, torch.ones_like(temperature))[:, None]
+        """The γ steps of the sequential head.
+
+        A step has only what the next one waits for. Probabilities, confidences and the candidates' ids are made of
+        all steps together behind them: a node costs some microseconds however little it computes, and there are γ of
+        each in here.
+        """
+        divisor = torch.where(temperature > 0, temperature, torch.ones_like(temperature))[:, None, None]
+        # argmax(logits / T + noise) = argmax(logits + T · noise): scaled once for the whole block.
+        noise = noise * divisor
         # The pool bounds what the bias can lift: the M best base logits of each position, once for the whole block.
         pool = torch.topk(base_logits, self.pool, dim=-1) if self.pool is not None else None
         head = self.markov_head
         previous = anchor_ids
         state = hidden.new_zeros(hidden.shape[0], head.rank) if head is not None else hidden
-        draft_ids, confidences, all_candidates, all_probs = [], [], [], []
+        edges, best, largest, indices, choices = [], [], [], [], []
         for step in range(self.block_size):
             logits = base_logits[:, step] if pool is None else pool.values[:, step]
             pool_ids = None if pool is None else pool.indices[:, step]
-            row = hidden[:, step]
-            feature = row
             if head is not None:
                 edge = head.markov_w1(previous)
-                features, state = head.features(edge, row, state)
+                features, state = head.features(edge, hidden[:, step], state)
                 logits = logits + head.bias(features, pool_ids)
-                if self.confidence_with_markov:
-                    feature = torch.cat((row, edge), dim=-1)
-            best, candidate_ids = torch.topk(logits, self.candidates, dim=-1)
-            if self.confidence_head is not None:
-                if self.confidence_with_draft_probs:
-                    feature = torch.cat((feature, peak_features(self._largest(logits, best))), dim=-1)
-                confidences.append(self.confidence_head(feature))
+                edges.append(edge)
+            values, rows = torch.topk(logits, self.candidates, dim=-1)
             if pool_ids is not None:
-                candidate_ids = pool_ids.gather(1, candidate_ids)
+                rows = pool_ids.gather(1, rows)
+            choice = rows.gather(1, (values + noise[:, step]).argmax(dim=-1, keepdim=True))  # [B, 1]
+            previous = choice.squeeze(1)
             if self.draft_vocabulary is not None:
-                candidate_ids = self.draft_vocabulary(candidate_ids)
-            scaled = best / divisor
-            probs = torch.softmax(scaled, dim=-1)
-            choice = (scaled + noise[:, step]).argmax(dim=-1, keepdim=True)
-            previous = candidate_ids.gather(1, choice).squeeze(1)
-            draft_ids.append(previous)
-            all_candidates.append(candidate_ids)
-            all_probs.append(probs)
-        return (
-            torch.stack(draft_ids, dim=1),
-            torch.cat(confidences, dim=1) if confidences else None,
-            torch.stack(all_candidates, dim=1),
-            torch.stack(all_probs, dim=1),
-        )
+                previous = self.draft_vocabulary(previous)
+            best.append(values)
+            indices.append(rows)
+            choices.append(choice)
+            if self.confidence_with_draft_probs and self.candidates < self.peak_logits:
+                largest.append(torch.topk(logits, self.peak_logits, dim=-1).values)
+        draft_ids, candidate_ids = torch.cat(choices, dim=1), self._blocks(indices)
+        if self.draft_vocabulary is not None:
+            draft_ids, candidate_ids = self.draft_vocabulary(draft_ids), self.draft_vocabulary(candidate_ids)
+        all_best = self._blocks(best)
+        probs = torch.softmax(all_best / divisor, dim=-1)
+        if self.confidence_head is None:
+            return draft_ids, None, candidate_ids, probs
+        feature = hidden
+        if self.confidence_with_markov:
+            feature = torch.cat((feature, self._blocks(edges)), dim=-1)
+        if self.confidence_with_draft_probs:
+            peak = self._blocks(largest) if largest else all_best[..., : self.peak_logits]
+            feature = torch.cat((feature, peak_features(peak)), dim=-1)
+        return draft_ids, self.confidence_head(feature).squeeze(-1), candidate_ids, probs
+
+    def _blocks(self, steps: list[torch.Tensor]) -> torch.Tensor:
+        """γ rows [B, N] of the steps → [B, γ, N]. Stacking would take a node a step."""
+        return torch.cat(steps, dim=-1).reshape(-1, self.block_size, steps[0].shape[-1])

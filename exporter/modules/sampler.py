@@ -45,11 +45,41 @@ def _at_row(values: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     return values.reshape(batch * rows, size).index_select(0, first + row)
 
 
-def _log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probability under the target, before temperature and filters, of one token a row: [B, N]."""
-    highest = logits.amax(dim=-1, keepdim=True)
+def _log_probs(logits: torch.Tensor, highest: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probability under the target, before temperature and filters, of one token a row: [B, N].
+
+    Args:
+        logits: [B, N, V].
+        highest: [B, N, 1] of each row.
+        tokens: [B, N].
+    """
     normaliser = (logits - highest).exp().sum(dim=-1).log() + highest.squeeze(-1)
     return logits.gather(2, tokens[..., None]).squeeze(-1) - normaliser
+
+
+def _argmax_block(vocabulary: int) -> int | None:
+    """The block size of `_likeliest`: the divisor nearest the square root; None where none is near it."""
+    root = vocabulary**0.5
+    divisors = [size for size in range(2, vocabulary) if vocabulary % size == 0 and 1 / 8 < size / root < 8]
+    return min(divisors, key=lambda size: abs(size - root), default=None)
+
+
+def _likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first largest logit of each row, logits [B, N, V] → index [B, N] int64 and value [B, N, 1].
+
+    In two levels: over the largest logits of blocks, then inside one. CPUs find the largest of a row six times as fast
+    as its place.
+    """
+    batch, rows, vocabulary = logits.shape
+    size = _argmax_block(vocabulary)
+    if size is None:
+        return logits.argmax(dim=-1), logits.amax(dim=-1, keepdim=True)
+    peaks = logits.reshape(batch, rows, -1, size).amax(dim=-1)  # [B, N, blocks]
+    count = peaks.shape[-1]
+    block = peaks.argmax(dim=-1).reshape(-1)  # [B N]
+    first = torch.arange(batch * rows, device=logits.device) * count
+    inside = logits.reshape(-1, size).index_select(0, first + block).argmax(dim=-1)
+    return (block * size + inside).reshape(batch, rows), peaks.amax(dim=-1, keepdim=True)
 
 
 def _committed(
@@ -92,12 +122,12 @@ class GreedyAcceptance(nn.Module):
         self, logits: torch.Tensor, draft_ids: torch.Tensor, verify_lengths: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows = torch.arange(logits.shape[1], device=logits.device)
-        choices = logits.argmax(dim=-1)
+        choices, highest = _likeliest(logits)
         drafts = _drafts_by_row(draft_ids, rows)
         accepted = _accepted_lengths(drafts == choices, rows, verify_lengths)
         # Up to the accepted length the target's choices are the drafts, so they are what each row commits.
         next_ids = choices.gather(1, accepted[:, None]).squeeze(1)
-        return accepted, next_ids, _log_probs(logits, choices)
+        return accepted, next_ids, -(logits - highest).exp().sum(dim=-1).log()
 
 
 class SamplingAcceptance(nn.Module):
@@ -151,7 +181,7 @@ class SamplingAcceptance(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows = torch.arange(logits.shape[1], device=logits.device)
         greedy = temperature <= 0
-        choices = logits.argmax(dim=-1)
+        choices, highest = _likeliest(logits)
         drafts = _drafts_by_row(draft_ids, rows)
         candidates = _drafts_by_row(candidate_ids, rows)
         draft_probs = _drafts_by_row(candidate_probs, rows)
@@ -172,7 +202,7 @@ class SamplingAcceptance(nn.Module):
         residual = torch.where(residual.amax(dim=1, keepdim=True) > 0, residual, final)
         drawn = _draw(residual, sample_uniforms)
         next_ids = torch.where(greedy, choices.gather(1, accepted[:, None]).squeeze(1), drawn)
-        return accepted, next_ids, _log_probs(logits, _committed(drafts, accepted, next_ids, rows))
+        return accepted, next_ids, _log_probs(logits, highest, _committed(drafts, accepted, next_ids, rows))
 
 
 class FilteredAcceptance(SamplingAcceptance):

@@ -23,7 +23,7 @@ ReferenceBundle = Callable[..., Path]
 PLAIN = frozenset({
     "Add", "And", "ArgMax", "Cast", "Clip", "Concat", "ConstantOfShape", "CumSum", "Div", "Equal", "Exp",
     "Expand", "Gather", "GatherElements", "Gemm", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Log",
-    "MatMul", "Max", "Min", "Mul", "Not", "Or", "Pad", "Range", "ReduceMax", "ReduceMean", "ReduceMin",
+    "MatMul", "Max", "Min", "Mul", "Neg", "Not", "Or", "Pad", "Range", "ReduceMax", "ReduceMean", "ReduceMin",
     "ReduceSum", "Reshape", "ScatterElements", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze",
     "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
 })

@@ -16,7 +16,13 @@ from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.exporter import operators
 from dspark_edge.exporter.graph_runner import GraphRunner
 from dspark_edge.exporter.lowerings import LOWERINGS
-from dspark_edge.exporter.modules.sampler import FilteredAcceptance, GreedyAcceptance, SamplingAcceptance
+from dspark_edge.exporter.modules.sampler import (
+    FilteredAcceptance,
+    GreedyAcceptance,
+    SamplingAcceptance,
+    _argmax_block,
+    _likeliest,
+)
 
 BLOCK, VOCABULARY = 4, 11
 CHOICES = [3, 1, 4, 1, 5]  # the target's favourite of every row
@@ -37,6 +43,25 @@ def certain(drafts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def log_softmax_at(logits: torch.Tensor, row: int, token: int) -> float:
     return float(torch.log_softmax(logits[0, row], dim=-1)[token])
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "block"),
+    [(12, 3), (11, None), (49152, 192), (151936, 128), (128256, 334), (50257, 29), (2 * 50333, None)],
+)
+def test_the_block_of_the_argmax_divides_the_vocabulary(vocabulary: int, block: int | None) -> None:
+    assert _argmax_block(vocabulary) == block
+
+
+@pytest.mark.parametrize("vocabulary", [11, 12, 64])
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_the_likeliest_is_the_first_of_equals(vocabulary: int, levels: int) -> None:
+    """With few different values every row has ties, within blocks and across them."""
+    source = torch.Generator().manual_seed(levels)
+    logits = torch.randint(0, levels, (3, 40, vocabulary), generator=source).float() - 1
+    choices, highest = _likeliest(logits)
+    assert choices.tolist() == logits.numpy().argmax(axis=-1).tolist()
+    assert highest.tolist() == logits.amax(dim=-1, keepdim=True).tolist()
 
 
 @pytest.mark.parametrize("verify", range(BLOCK + 1))
