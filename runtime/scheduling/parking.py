@@ -24,14 +24,17 @@ plain steps each that is 1.6 %.
 
 **What probes may cost.** Waits count rounds, but a draft costs 0.1 plain tokens on one machine and one whole on
 another, where drafts for a group are made one after the other and hold up all of it. So an engine has an **allowance**
-for the probes of all its sequences, in plain tokens: `probe_share` of what it decodes, `most_allowance` saved at most.
+for the probes of all its sequences, in plain tokens: `probe_share` of what it decodes (less where drafting has lost
+lately, and a probe finds less), `most_allowance` saved at most.
 A probe takes what it loses. One that costs more than is left waits until it can be paid; so short answers in large
-groups are not probed each on its own. A sequence that loses its stake has had its probe: the allowance pays for that,
-too, so that a run of hopeless short answers does not lose a stake and the probes each.
+groups are not probed each on its own. A new sequence's first rounds are probes, too, until it has won something: what
+they lose is paid from the allowance, so that a run of hopeless short answers does not lose a stake and the probes each.
+What a sequence wins is in its bank, to be lost again; only what the bank has no room for goes to the allowance. (Were
+a lucky probe's win in both, it would be lost twice: groups of two in fp32 lost 3 % on code so.)
 
-**A new sequence** starts with a `stake` in its bank if the engine's recent rounds paid, and parked if they did not; if
-nothing is known it asks for a probe, which decides. One that loses its stake at once waits `start_wait` rounds
-for the first probe: that others pay says little of it then.
+**A new sequence** starts with a stake in its bank if the engine's recent rounds paid, the larger the more they did, and
+parked if they did not, or if the allowance owes as much; if nothing is known it asks for a probe, which decides. One
+that loses its stake at once waits `start_wait` rounds for the first probe: that others pay says little of it then.
 
 Lossless at temperature > 0: whether a round is drafted depends on earlier rounds only.
 
@@ -60,11 +63,12 @@ class ParkingOptions:
     margin: float = 0.02  # drafting must gain more than this share
     memory: float = 0.9  # what is left of evidence after another round
     most_bank: float = 3.0  # plain tokens that drafting may lose before it parks, however much it won before
-    stake: float = 0.5  # the same of a new sequence, where drafting pays for the engine's others
+    stake: float = 1.0  # the same of a new sequence, where drafting gains `sure_gain` for the engine's others, or more
+    sure_gain: float = 0.2  # share by which it does; where it gains less, the stake is so much smaller
     first_wait: int = 2  # rounds parked before the first probe
     longest_wait: int = 64
     start_wait: int = 8  # rounds before the first probe of a sequence that starts parked, or has won nothing yet
-    probe_share: float = 0.01  # of the tokens that an engine decodes, what probes may cost it
+    probe_share: float = 0.01  # of the tokens that an engine decodes, what probes may cost it at most
     most_allowance: float = 1.0  # plain tokens of it that are saved; what a new engine has
 
     def __post_init__(self) -> None:
@@ -76,6 +80,8 @@ class ParkingOptions:
             raise InvalidInputError(
                 f"stake is {self.stake}, most_bank {self.most_bank}; expected a stake above 0 and at most the bank"
             )
+        if not self.sure_gain > 0:
+            raise InvalidInputError(f"sure_gain is {self.sure_gain}, expected a share above 0")
         if self.probe_share < 0 or self.most_allowance < 0:
             raise InvalidInputError(
                 f"probe_share is {self.probe_share}, most_allowance {self.most_allowance}; expected at least 0"
@@ -160,19 +166,33 @@ class Parking(NamedTuple):
         wait = max(options.first_wait, self.wait // 2) if won > 0 else self.wait
         return Parking(evidence, wait, bank=bank)
 
+    def allowance_change(self, round_: Evidence, options: ParkingOptions) -> float:
+        """What a round with a draft takes from the engine's allowance, or brings to it, plain tokens.
 
-def start(engine: Evidence, options: ParkingOptions) -> Parking:
+        Args:
+            round_: that round's tokens and plain tokens.
+        """
+        won = round_.won(options)
+        if won > 0:
+            return max(self.bank + won - options.most_bank, 0.0)
+        unproven = self.probing or self.wait >= options.start_wait  # has just started, or won little since
+        return won if unproven else 0.0
+
+
+def start(engine: Evidence, options: ParkingOptions, debt: float = 0.0) -> Parking:
     """The state of a new sequence.
 
     Args:
         engine: of the engine's recent rounds, or of a forecast.
+        debt: plain tokens that earlier probes have lost beyond what they may; at least 0.
     """
     if not engine.known:
         return Parking(NOTHING_KNOWN, options.first_wait, probing=True)
     prior = Evidence(engine.gain, 1.0)
-    if engine.pays(options):
+    stake = options.stake * min((engine.gain - 1) / options.sure_gain, 1.0) - debt
+    if engine.pays(options) and stake > 0:
         # Should it lose the stake before it has won anything, it is not looked at again soon. Rounds that pay halve it.
-        return Parking(prior, options.start_wait, bank=options.stake)
+        return Parking(prior, options.start_wait, bank=stake)
     wait = min(2 * options.start_wait, options.longest_wait)
     return Parking(prior, wait, options.start_wait, True)
 
