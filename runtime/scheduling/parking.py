@@ -25,7 +25,7 @@ plain steps each that is 1.6 %.
 **What probes may cost.** Waits count rounds, but a draft costs 0.1 plain tokens on one machine and one whole on
 another, where drafts for a group are made one after the other and hold up all of it. So an engine has an **allowance**
 for the probes of all its sequences, in plain tokens: `probe_share` of what it decodes (less where drafting has lost
-lately, and a probe finds less), `most_allowance` saved at most.
+lately and a probe finds less, more where it has gained), `most_allowance` saved at most.
 A probe takes what it loses. One that costs more than is left waits until it can be paid; so short answers in large
 groups are not probed each on its own. A new sequence's first rounds are probes, too, until it has won something: what
 they lose is paid from the allowance, so that a run of hopeless short answers does not lose a stake and the probes each.
@@ -68,7 +68,7 @@ class ParkingOptions:
     first_wait: int = 2  # rounds parked before the first probe
     longest_wait: int = 64
     start_wait: int = 8  # rounds before the first probe of a sequence that starts parked, or has won nothing yet
-    probe_share: float = 0.01  # of the tokens that an engine decodes, what probes may cost it at most
+    probe_share: float = 0.01  # of the tokens that an engine decodes, what probes may cost where drafting just pays
     most_allowance: float = 1.0  # plain tokens of it that are saved; what a new engine has
 
     def __post_init__(self) -> None:

@@ -244,7 +244,7 @@ def test_a_probe_waits_until_the_allowance_pays_for_it() -> None:
         waited += 1
     assert drafting == (False, True)  # it has waited longer
     # A hundredth of two tokens a round, less since the first probe lost, and a debt of a tenth.
-    assert waited == pytest.approx(55 / controller.gain(2) ** 3, rel=0.2)
+    assert waited == pytest.approx(55 / controller.gain(2) ** 4, rel=0.2)
 
 
 def test_a_lost_stake_is_paid_from_the_allowance() -> None:
@@ -278,6 +278,24 @@ def test_a_new_sequence_may_lose_the_more_the_surer_drafting_pays() -> None:
     assert bank(2.0, debt=0.4) == pytest.approx(OPTIONS.stake - 0.4)
     assert start(Evidence(1.1, 1.0), OPTIONS, debt=0.6).parked
     assert start(Evidence(1.01, 1.0), OPTIONS).parked  # within the margin
+
+
+def test_what_is_won_is_in_the_bank_or_in_the_allowance_and_not_in_both() -> None:
+    won = Evidence(3.0, 1.0)
+    room = Parking(NOTHING_KNOWN, 2, bank=0.5)
+    assert room.allowance_change(won, OPTIONS) == 0.0
+    assert room.after_drafted_round(won, OPTIONS).bank == pytest.approx(0.5 + won.won(OPTIONS))
+    full = Parking(NOTHING_KNOWN, 2, bank=OPTIONS.most_bank - 0.5)
+    assert full.allowance_change(won, OPTIONS) == pytest.approx(won.won(OPTIONS) - 0.5)
+    assert full.after_drafted_round(won, OPTIONS).bank == OPTIONS.most_bank
+
+
+def test_only_probes_and_first_rounds_lose_from_the_allowance() -> None:
+    lost = Evidence(1.0, 1.5)
+    probe, first = Parking(NOTHING_KNOWN, 2, probing=True), start(Evidence(1.5, 1.0), OPTIONS)
+    proven = first.after_drafted_round(Evidence(3.0, 1.0), OPTIONS)
+    assert probe.allowance_change(lost, OPTIONS) == first.allowance_change(lost, OPTIONS) == lost.won(OPTIONS) < 0
+    assert proven.allowance_change(lost, OPTIONS) == 0.0  # it loses what it has won
 
 
 def test_groups_start_by_what_drafting_brings_in_groups() -> None:
