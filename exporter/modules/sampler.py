@@ -45,6 +45,11 @@ def _at_row(values: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     return values.reshape(batch * rows, size).index_select(0, first + row)
 
 
+def _log_mass(logits: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
+    """logits [B, N, V], highest [B, N, 1] → log Σ exp(logits − highest) [B, N]: of the likeliest token, −log p."""
+    return (logits - highest).exp().sum(dim=-1).log()
+
+
 def _log_probs(logits: torch.Tensor, highest: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Log-probability under the target, before temperature and filters, of one token a row: [B, N].
 
@@ -53,7 +58,7 @@ def _log_probs(logits: torch.Tensor, highest: torch.Tensor, tokens: torch.Tensor
         highest: [B, N, 1] of each row.
         tokens: [B, N].
     """
-    normaliser = (logits - highest).exp().sum(dim=-1).log() + highest.squeeze(-1)
+    normaliser = _log_mass(logits, highest) + highest.squeeze(-1)
     return logits.gather(2, tokens[..., None]).squeeze(-1) - normaliser
 
 
@@ -75,10 +80,8 @@ def _likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if size is None:
         return logits.argmax(dim=-1), logits.amax(dim=-1, keepdim=True)
     peaks = logits.reshape(batch, rows, -1, size).amax(dim=-1)  # [B, N, blocks]
-    count = peaks.shape[-1]
     block = peaks.argmax(dim=-1).reshape(-1)  # [B N]
-    first = torch.arange(batch * rows, device=logits.device) * count
-    inside = logits.reshape(-1, size).index_select(0, first + block).argmax(dim=-1)
+    inside = _at_row(logits.reshape(batch * rows, vocabulary // size, size), block).argmax(dim=-1)
     return (block * size + inside).reshape(batch, rows), peaks.amax(dim=-1, keepdim=True)
 
 
@@ -127,7 +130,7 @@ class GreedyAcceptance(nn.Module):
         accepted = _accepted_lengths(drafts == choices, rows, verify_lengths)
         # Up to the accepted length the target's choices are the drafts, so they are what each row commits.
         next_ids = choices.gather(1, accepted[:, None]).squeeze(1)
-        return accepted, next_ids, -(logits - highest).exp().sum(dim=-1).log()
+        return accepted, next_ids, -_log_mass(logits, highest)
 
 
 class SamplingAcceptance(nn.Module):

@@ -244,7 +244,7 @@ def test_a_probe_waits_until_the_allowance_pays_for_it() -> None:
         waited += 1
     assert drafting == (False, True)  # it has waited longer
     # A hundredth of two tokens a round, less since the first probe lost, and a debt of a tenth.
-    assert waited == pytest.approx(55 / controller.gain(2) ** 4, rel=0.2)
+    assert waited == pytest.approx(55 / controller.gain(2) ** 4, rel=0.06)
 
 
 def test_a_lost_stake_is_paid_from_the_allowance() -> None:
