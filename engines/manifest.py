@@ -71,7 +71,7 @@ WEIGHT_BLOCK_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = (1, 4)  # of MatMulNBits: activations are multiplied as float32, or rounded to int8
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
 MARKOV_HEADS = ("vanilla", "gated", "rnn", "none")
-ROLES = ("target", "drafter", "sampler", "sampler_greedy", "sampler_filtered")
+ROLES = ("target", "drafter", "sampler", "sampler_greedy", "sampler_filtered", "target_packed", "drafter_packed")
 REQUIRED_ROLES = ("target", "sampler", "sampler_greedy")  # and "drafter" where drafter.kind is "dspark"
 
 _SYMBOL = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -267,6 +267,19 @@ class Manifest(Record):
     provenance: Provenance
     quantization: Quantization | None = None  # of the quantized precisions
 
+    @property
+    def packed_sequences(self) -> int:
+        """Most sequences of a packed call; 0 where the bundle has no packed graphs."""
+        graph = self.graphs.get("target_packed")
+        if graph is None:
+            return 0
+        return next(int(spec.shape[0]) for spec in graph.inputs if spec.name == "cache_lengths")
+
+    @property
+    def widest_verification(self) -> int:
+        """Tokens of the widest call that verifies: an anchor and a block of each sequence that may share it."""
+        return max(self.packed_sequences, 1) * (self.drafter.block_size + 1)
+
     @classmethod
     def from_text(cls, text: str | bytes, where: str = "manifest") -> Manifest:
         """The manifest in the text of a ``manifest.json``.
@@ -297,6 +310,7 @@ class Manifest(Record):
         for role in self.graphs:
             if role not in ROLES:
                 raise BundleError(f"{where}.graphs: {role!r} is not one of the roles {', '.join(ROLES)}")
+        self._check_packed(where)
         if not self.opsets:
             raise BundleError(f"{where}.opsets is empty; expected at least ONNX's own domain, ''")
         if len({record.path for record in self.files}) < len(self.files):
@@ -311,6 +325,19 @@ class Manifest(Record):
             raise BundleError(f"{where}.drafter.candidates exceeds {limit}, {size}")
         if max(self.drafter.tap_layers, default=0) >= self.target.num_layers:
             raise BundleError(f"{where}.drafter.tap_layers: the target has {self.target.num_layers} layers")
+
+    def _check_packed(self, where: str) -> None:
+        """Packed graphs come together, and tell for how many sequences they are."""
+        for role, graph in self.graphs.items():
+            if not role.endswith("_packed"):
+                continue
+            counts = [spec.shape for spec in graph.inputs if spec.name == "cache_lengths"]
+            if len(counts) != 1 or len(counts[0]) != 1 or not isinstance(counts[0][0], int):
+                raise BundleError(f"{where}.graphs: {role!r} does not say for how many sequences it is")
+        wanted = {f"{role}_packed" for role in ("target", "drafter") if role in self.graphs}
+        found = {role for role in self.graphs if role.endswith("_packed")}
+        if found and found != wanted:
+            raise BundleError(f"{where}.graphs: expected all of {', '.join(sorted(wanted))}, or none")
 
     def _check_quantization(self, quantization: Quantization, where: str) -> None:
         if self.precision not in QUANTIZED_PRECISIONS:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -159,7 +159,9 @@ class Profile(Record):
 
     @cached_property
     def _models(self) -> Mapping[SamplerRole, CostModel]:
-        tables = {role: _table(role, points) for role, points in self.points.items()}
+        # What drafts of more sequences cost is measured only where one call makes them.
+        batches = {point.batch for point in self.points["target"]}
+        tables = {role: _table(role, points, batches) for role, points in self.points.items()}
         drawing = tables.get("drafter_drawing", tables["drafter"])
         filtered = tables.get("sampler_filtered", tables["sampler"])
         return {
@@ -275,12 +277,14 @@ def _axes(grid: Sequence[tuple[int, int, int]], batch: int) -> tuple[int, set[in
     return len(of_batch), {width for width, _ in of_batch}, {context for _, context in of_batch}
 
 
-def _table(role: str, points: tuple[CostPoint, ...]) -> CostTable:
+def _table(role: str, points: tuple[CostPoint, ...], wanted: Set[int]) -> CostTable:
+    """A role's table, of the batches that were measured and those that are wanted."""
     block = role.startswith("drafter")  # the width of which is given: it is asked for as width 1
     measured = {(point.batch, 1 if block else point.width, point.context): point for point in points}
-    batches, widths, contexts = (sorted(set(axis)) for axis in zip(*measured, strict=True))
+    of_points, widths, contexts = (sorted(set(axis)) for axis in zip(*measured, strict=True))
+    batches = sorted({*of_points, *(batch for batch in wanted if batch > of_points[0])})
     grid = {
-        (batch, width, context): _cost(measured, batches[0], batch, width, context)
+        (batch, width, context): _cost(measured, of_points[0], batch, width, context)
         for batch in batches
         for width in widths
         for context in contexts

@@ -74,6 +74,11 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     help="int8, int4: 4 rounds activations to int8, 1 keeps them in fp32.  [default: 4]",
 )
 @click.option("--vocabulary-bits", type=int, help="int4: bits of embedding and head, 4 or 8.  [default: 8]")
+@click.option(
+    "--packed-sequences",
+    type=int,
+    help="ort: sequences that share a call when batches are verified, 0 for none.  [default: fp32 2, else 0]",
+)
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A folder or tokenizer.json to use instead.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 def export(target: str, drafter: str, output: Path, tokenizer: Path | None, overwrite: bool, **options: Any) -> None:

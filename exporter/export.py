@@ -15,7 +15,7 @@ from dspark_edge.engines.errors import CheckpointError, InvalidInputError
 from dspark_edge.engines.manifest import SCHEMA_VERSION, Limits, Manifest
 from dspark_edge.exporter.checkpoint import Checkpoint
 from dspark_edge.exporter.facts import drafter_facts, provenance, target_facts
-from dspark_edge.exporter.graphs import Graph, Report, trace_graphs
+from dspark_edge.exporter.graphs import Graph, Report, pack_graphs, trace_graphs
 from dspark_edge.exporter.options import PRECISIONS, ExportOptions
 from dspark_edge.exporter.pair import NGRAM, Pair, check_weights, open_pair
 from dspark_edge.exporter.streaming import WeightStreamer, bytes_to_write
@@ -125,6 +125,10 @@ def export_bundle(
         writer = stack.enter_context(BundleWriter(Path(output), overwrite))  # refuses a taken output before the work
         graphs = trace_graphs(pair, options, capacity, report)
         _write_files(writer, pair, graphs, text_files, report)
+        packed = pack_graphs(graphs, options.resolve_packed(), facts.block_size)
+        for role, graph in packed.items():  # whose weights are where the others' have been written
+            writer.write_bytes(f"{role}.onnx", ir.to_proto(graph.model).SerializeToString())
+        graphs |= packed
         return writer.finish(
             Manifest(
                 schema_version=SCHEMA_VERSION,

@@ -25,7 +25,8 @@ class GraphRunner:
         self.engine = engine
         self.lengths: HostArray = np.zeros(batch, np.int64)
         self.caches: dict[str, Buffer] = {}
-        for graph in engine.bundle.manifest.graphs.values():
+        graphs = engine.bundle.manifest.graphs
+        for graph in (graphs[role] for role in ("target", "drafter") if role in graphs):
             for name in graph.aliases.values():
                 spec = next(spec for spec in graph.inputs if spec.name == name)
                 if name not in self.caches:
@@ -54,6 +55,16 @@ class GraphRunner:
             buffers[spec.name] = self.engine.allocate(spec.dtype, sized(spec, sizes))
         self.engine.bind(role, buffers).run()
         return {spec.name: np.array(buffers[spec.name].read()) for spec in outputs}
+
+    def run_packed(self, role: str, inputs: Mapping[str, Any]) -> dict[str, HostArray]:
+        """Run a packed graph on copies of the first sequence's caches, one for each of its sequences."""
+        graph = self.engine.bundle.manifest.graphs[role]
+        copies = {
+            spec.name: self.caches[name].read()[:1]
+            for spec in graph.inputs
+            if (name := spec.name.rpartition(".")[0]) in self.caches
+        }
+        return self.run(role, {**inputs, **copies})
 
     def extend(self, token_ids: HostArray) -> HostArray:
         """Run the target on token_ids [B, W] behind the valid part of the caches: logits of all rows [B, W, V].

@@ -17,13 +17,14 @@ from dspark_edge.exporter.modules.drafter import Drafter
 from dspark_edge.exporter.modules.sampler import FilteredAcceptance, GreedyAcceptance, SamplingAcceptance
 from dspark_edge.exporter.modules.target import Target
 from dspark_edge.exporter.options import ExportOptions
+from dspark_edge.exporter.packing import pack_drafter, pack_target
 from dspark_edge.exporter.pair import Pair
 from dspark_edge.exporter.quantization import weight_formats
 from dspark_edge.exporter.tracing import TORCH_DTYPES, GraphContract, trace
 from dspark_edge.exporter.weight_rewrites import quantize_graph
 from dspark_edge.exporter.weights import Source
 
-__all__ = ["Graph", "Report", "trace_graphs"]
+__all__ = ["Graph", "Report", "pack_graphs", "trace_graphs"]
 
 Report = Callable[[str, int, int], None]
 """Progress: what is being done, how much of it is done, how much there is."""
@@ -136,3 +137,21 @@ def trace_graphs(pair: Pair, options: ExportOptions, capacity: int, report: Repo
         graphs[role] = job()
     report("tracing", len(jobs), len(jobs))
     return graphs
+
+
+def pack_graphs(graphs: Mapping[str, Graph], sequences: int, block_size: int) -> dict[str, Graph]:
+    """The graphs of target and drafter again, for several sequences in a call.
+
+    Args:
+        graphs: traced; the packed ones refer to weights where these do.
+        sequences: S, most of them in a call; 0: none are made.
+        block_size: γ.
+    """
+    packed: dict[str, Graph] = {}
+    if sequences:
+        target = graphs["target"]
+        packed["target_packed"] = Graph(*pack_target(target.model, target.contract, sequences), {})
+        if (drafter := graphs.get("drafter")) is not None:
+            made = pack_drafter(drafter.model, drafter.contract, sequences, block_size)
+            packed["drafter_packed"] = Graph(*made, {})
+    return packed

@@ -31,6 +31,7 @@ PRECISIONS: Mapping[str, str] = {
 _BLOCK_SIZE = 32  # where it fits
 _SIGNED_BLOCK_SIZE = 64  # the same of w4a16
 _VOCABULARY_BITS = (4, 8)  # of int4; rounding embedding and head to 4 costs more than it saves
+_PACKED_SEQUENCES = 2
 _ACCURACY_LEVEL = 4  # the kernels that a CPU is fast with
 
 
@@ -52,6 +53,8 @@ class ExportOptions:
     weight_block_size: int | None = None  # quantized weights that share a scale; None: 32 (w4a16: 64), or what fits
     accuracy_level: int | None = None  # int8 and int4: 4 rounds activations to int8, 1 keeps them; None: 4
     vocabulary_bits: int | None = None  # int4: bits of embedding and head, 4 or 8; None: 8
+    # ort: sequences that packed graphs verify in one call, 0 for no such graphs; None: 2 in fp32, 0 elsewhere
+    packed_sequences: int | None = None
 
     def __post_init__(self) -> None:
         lowering = get_lowering(self.lowering)
@@ -66,6 +69,13 @@ class ExportOptions:
             raise InvalidInputError(
                 f"candidate_pool is {self.candidate_pool}, expected at least the {self.candidates} candidates"
             )
+        if self.packed_sequences and not lowering.packs:
+            raise InvalidInputError(
+                f"packed_sequences is given, but the {self.lowering!r} lowering verifies batches as it is; "
+                "choose a max_batch, or the lowering 'ort'"
+            )
+        if self.packed_sequences is not None and (self.packed_sequences < 0 or self.packed_sequences == 1):
+            raise InvalidInputError(f"packed_sequences is {self.packed_sequences}, expected 0 or at least 2")
         if self.max_batch > 1 and not lowering.batched:
             raise InvalidInputError(
                 f"the {self.lowering!r} lowering runs one sequence at a time; "
@@ -145,6 +155,15 @@ class ExportOptions:
     @property
     def dtype(self) -> str:
         return PRECISIONS[self.precision]
+
+    def resolve_packed(self) -> int:
+        """Sequences of the packed graphs to export; 0 for none.
+
+        Verifying more tokens pays where weights are dear to read, and two sequences leave the most to gain.
+        """
+        if self.packed_sequences is not None:
+            return self.packed_sequences
+        return _PACKED_SEQUENCES if get_lowering(self.lowering).packs and self.precision == "fp32" else 0
 
     def resolve_capacity(self, target: DecoderConfig, block_size: int) -> int:
         """The capacity to export with.

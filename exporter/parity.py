@@ -117,6 +117,7 @@ def compare_bundle(
         report("torch", 1, 1)
         runner = GraphRunner(engine, positions + manifest.drafter.block_size)
         rows, logits = _compare_models(runner, reference, tolerance, layers, report)
+        rows += _compare_packed(runner, reference, tolerance)
         shift = _quantization_shift(pair, manifest, reference, logits)
         samplers = [role for role in _SAMPLERS if role in manifest.graphs]
         for number, role in enumerate(samplers):
@@ -171,6 +172,54 @@ def _compare_models(
         caches.setdefault(label, OutputErrors(label)).add(valid, reference.caches[name][:, :, :positions], output)
     rows = [errors.row(tolerance) for errors in (logits, *caches.values(), *drafted.values())]
     return rows, np.concatenate(parts, axis=1)
+
+
+def _compare_packed(runner: GraphRunner, reference: Reference, tolerance: float) -> list[ParityRow]:
+    """Rows of the packed graphs, where there are any: each of their sequences runs the last tokens, or block, again.
+
+    Once all sequences are there, and once the last one is not.
+    """
+    manifest = runner.engine.bundle.manifest
+    if not manifest.packed_sequences:
+        return []
+    logits = OutputErrors("packed.logits")
+    drafted = {spec.name: OutputErrors(f"packed.{spec.name}") for spec in _draft_outputs(manifest)}
+    for absent in (0, 1):
+        batch, nothing = manifest.packed_sequences - absent, [0] * absent
+        _add_packed_logits(logits, runner, reference, batch, nothing)
+        if not drafted:
+            continue
+        case = reference.drafts[-1]
+        blocks = runner.run_packed(
+            "drafter_packed",
+            {
+                "anchor_ids": np.repeat(reference.token_ids[0, case.length], batch),
+                "cache_lengths": np.array([case.length] * batch + nothing),
+                "temperature": np.full(batch, case.temperature, np.float32),
+                "noise": np.repeat(case.noise, batch, axis=0),
+            },
+        )
+        for s in range(batch):
+            _add_draft(drafted, {name: values[s : s + 1] for name, values in blocks.items()}, case)
+    return [errors.row(tolerance) for errors in (logits, *drafted.values())]
+
+
+def _add_packed_logits(
+    errors: OutputErrors, runner: GraphRunner, reference: Reference, batch: int, nothing: list[int]
+) -> None:
+    """The target's logits of one to three last tokens of each of the sequences that are there."""
+    positions = reference.logits.shape[1]
+    widths = [min(1 + s % 3, positions) for s in range(batch)]
+    tokens = np.concatenate([np.arange(positions - width, positions) for width in widths])
+    inputs = {
+        "input_ids": reference.token_ids[:, tokens],
+        "widths": np.array(widths + nothing),
+        "cache_lengths": np.array([positions - width for width in widths] + nothing),
+        "logit_rows": np.arange(len(tokens))[None],
+    }
+    given, expected = runner.run_packed("target_packed", inputs)["logits"], reference.logits[:, tokens]
+    errors.add(given, expected)
+    errors.agree(given.argmax(-1) == expected.argmax(-1))
 
 
 def _draft_outputs(manifest: Manifest) -> list[TensorSpec]:

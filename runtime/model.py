@@ -166,7 +166,7 @@ class ModelVerifier:
         self._engine = engine
         self._graph = manifest.graphs["target"]
         self._vocabulary = manifest.target.vocab_size
-        self._widest_kept = manifest.drafter.block_size + 1
+        self._widest_kept = manifest.widest_verification  # profiles measure it as one sequence's
         self._chunk, self._width = prefill_chunk, width
         self._capacity = manifest.limits.capacity - reserved_slots(width)
         self.caches = Caches(engine, manifest.limits.capacity)

@@ -128,7 +128,8 @@ class StreamProbe:
         return ModelDrafter(self._engine, self._verifier.caches, Calibration.load(bundle))
 
     def _make_stand_in(self) -> Draft:
-        size, allocate = self._block_size, self._engine.allocate
+        # As wide as what several sequences verify together, of which a single one is measured in their place.
+        size, allocate = self._engine.bundle.manifest.widest_verification - 1, self._engine.allocate
         candidates = Candidates(
             allocate("int64", (1, size)), allocate("int64", (1, size, 1)), allocate("float32", (1, size, 1))
         )

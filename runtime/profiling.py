@@ -49,12 +49,13 @@ class ProfilePlan:
     """What to measure; `plan_profile` makes one that fits a bundle."""
 
     batches: tuple[int, ...]  # rising
-    widths: tuple[int, ...]  # rising, from 1 to γ + 1
+    widths: tuple[int, ...]  # rising, from 1 to γ + 1, or to what packed sequences have together
     contexts: tuple[int, ...]  # rising: cached tokens of each sequence
     shared_widths: tuple[int, ...]  # of these, those at which several sequences share a call
     samplers: tuple[SamplerRole, ...]
     block_size: int  # γ
     budget_s: float  # seconds to measure for; three sweeps are made at least
+    packed_sequences: int = 0  # of the packed graphs, whose drafts are one call for several sequences
 
     @property
     def longest(self) -> int:
@@ -65,6 +66,11 @@ class ProfilePlan:
         """What is measured at a batch; calls that are a single sequence's are measured there alone."""
         return self.widths if batch == 1 else self.shared_widths
 
+    def rounds_of(self, batch: int) -> tuple[int, ...]:
+        """Widths of the rounds that are run to measure it: one with drafts, where they are shared."""
+        widths = self.widths_of(batch)
+        return (1, self.block_size + 1) if widths == (1,) and batch <= self.packed_sequences else widths
+
     def contexts_of(self, batch: int) -> tuple[int, ...]:
         """What is measured at a batch: caches of many sequences shall fit beside each other."""
         if batch == 1:
@@ -73,7 +79,7 @@ class ProfilePlan:
 
     def slots(self, batch: int) -> int:
         """Cache slots of a sequence that the rounds of a batch need."""
-        return self.contexts_of(batch)[-1] + self.block_size + 1
+        return self.contexts_of(batch)[-1] + max(self.rounds_of(batch)[-1], self.block_size + 1)
 
 
 def plan_profile(
@@ -84,6 +90,8 @@ def plan_profile(
     budget_s: float = 60.0,
 ) -> ProfilePlan:
     """What to measure of a bundle. 1 and γ + 1 are always among the widths.
+
+    Packed calls are priced as a single sequence's of as many tokens, so that these are measured, too.
 
     Args:
         manifest: the bundle's.
@@ -96,20 +104,22 @@ def plan_profile(
         InvalidInputError: a number is out of the bundle's range (CapacityError: a context).
     """
     block, capacity = manifest.drafter.block_size, manifest.limits.capacity
-    longest = capacity - block - 1  # a round writes an anchor and a block behind the context
+    # A round writes an anchor and a block behind the context; in a small cache wider calls are not measured.
+    widest = manifest.widest_verification if manifest.widest_verification <= capacity else block + 1
+    longest = capacity - widest
     if longest < 0:
         raise CapacityError(
             f"the bundle's capacity of {capacity} tokens has no room for an anchor and a block of {block} drafts, so "
             "there is nothing to schedule; export with a larger --capacity"
         )
     for width in widths:
-        if not 1 <= width <= block + 1:
-            raise InvalidInputError(f"width {width}: a block of {block} drafts is verified at widths 1 to {block + 1}")
+        if not 1 <= width <= widest:
+            raise InvalidInputError(f"width {width}: blocks of {block} drafts are verified at widths 1 to {widest}")
     for context in contexts:
         if not 0 <= context <= longest:
             raise CapacityError(
                 f"context {context}: the bundle's capacity of {capacity} tokens leaves room for 0 to {longest}, with "
-                f"{block + 1} tokens of a round behind them"
+                f"{widest} tokens of a round behind them"
             )
     serial = manifest.lowering == "ort"  # whose attention takes several sequences at width 1, however many
     for batch in batches:
@@ -117,7 +127,7 @@ def plan_profile(
             raise InvalidInputError(f"batch {batch}: the bundle was exported for 1 to {manifest.limits.max_batch}")
     if not budget_s > 0:
         raise InvalidInputError(f"the budget is {budget_s} s, expected more than 0")
-    measured = tuple(sorted({1, block + 1, *(widths or _usual_widths(block + 1))}))
+    measured = tuple(sorted({1, block + 1, widest, *(widths or _usual_widths(widest, block + 1))}))
     return ProfilePlan(
         batches=tuple(sorted({1, *batches})),  # what larger batches lack is derived from a single sequence's
         widths=measured,
@@ -126,6 +136,7 @@ def plan_profile(
         samplers=tuple(role for role in SAMPLER_ROLES if role in manifest.graphs),
         block_size=block,
         budget_s=budget_s,
+        packed_sequences=manifest.packed_sequences,
     )
 
 
@@ -205,8 +216,9 @@ class _Samples:
 
     def add(self, probe: RoundProbe, context: int, width: int, sampler: SamplerRole, times: RoundTimes) -> None:
         batch = probe.batch
-        self._append("target", batch, width, context, times.target_s)
-        self._append(sampler, batch, width, 0, times.sampler_s)
+        if width in self._plan.widths_of(batch):
+            self._append("target", batch, width, context, times.target_s)
+            self._append(sampler, batch, width, 0, times.sampler_s)
         if times.draft_s is not None:
             role = "drafter" if sampler == "sampler_greedy" else "drafter_drawing"
             self._append(role, batch, self._plan.block_size, context, times.draft_s)
@@ -257,7 +269,7 @@ def _warm_up(probes: Sequence[RoundProbe], plan: ProfilePlan) -> None:
     """Bind every call once, and let each graph plan its memory; the times are no rounds' times."""
     for probe in probes:
         for sampler in plan.samplers:
-            for width in plan.widths_of(probe.batch):
+            for width in plan.rounds_of(probe.batch):
                 probe.run(plan.contexts[0], width, sampler)
 
 
@@ -266,7 +278,7 @@ def _visit(
 ) -> Iterator[float]:
     """One round of each width at the context in this place; yields the share of them that is done."""
     context = plan.contexts[place]
-    widths = plan.widths_of(probe.batch)
+    widths = plan.rounds_of(probe.batch)
     turns = list(enumerate(widths))
     order.shuffle(turns)
     probe.run(context, widths[-1], plan.samplers[0])
@@ -278,9 +290,16 @@ def _visit(
         yield done / len(turns)
 
 
-def _usual_widths(widest: int) -> tuple[int, ...]:
+def _usual_widths(widest: int, of_one: int) -> tuple[int, ...]:
+    """All that are few, and of more those at the edges of tiles.
+
+    Args:
+        widest: of the calls of one sequence, or of several that share one.
+        of_one: widest of the first; every other width of the second is close enough.
+    """
+    few = min(widest, _ALL_WIDTHS_TO)
     return (
-        *range(1, min(widest, _ALL_WIDTHS_TO) + 1),
+        *(width for width in range(1, few + 1) if width <= of_one or width % 2 == 0),
         *(width for width in _WIDE_STEPS if width < widest),
     )
 

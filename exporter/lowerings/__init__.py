@@ -36,6 +36,7 @@ class Lowering:
     batched: bool  # whether a batch of more than one may be wider than one token
     low_bit: tuple[Precision, ...] = ()  # quantized precisions that it has operators for
     rewrites: tuple[Callable[[], ir.passes.InPlacePass], ...] = ()  # passes that finish a traced graph
+    packs: bool = False  # whether several sequences of any widths take graphs of their own, see `packing`
 
 
 def get_lowering(name: str) -> Lowering:

@@ -91,4 +91,5 @@ LOWERING = Lowering(
     batched=False,
     low_bit=("int8", "int4"),
     rewrites=(PackQueryKeyValue, FuseSkipNorm),
+    packs=True,
 )

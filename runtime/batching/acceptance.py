@@ -23,9 +23,8 @@ class _Key:
     role: str
     slot: int  # the first
     count: int  # slots
-    row: int  # of the first slot in the call's logits
-    batch: int  # sequences of the call
-    rows: int  # N, logits of each
+    row: int  # of the call's logits where the first slot's begin
+    rows: int  # N, logits of each slot
     drafted: bool  # whether there is anything to judge
 
 
@@ -37,11 +36,12 @@ class Judge:
     Args:
         engine: executes the graphs.
         slots: sequences.
+        logits: [rows, V] where the target leaves what is to be judged, one sequence's rows behind the other's.
         candidates: where the drafter leaves what it drafted for each slot; None without a drafter.
     """
 
-    def __init__(self, engine: Engine, slots: int, candidates: Candidates | None) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, slots: int, logits: Buffer, candidates: Candidates | None) -> None:
+        self._engine, self._logits = engine, logits
         # For calls that judge no draft, which then need not read a whole block's candidates.
         self._nothing = Candidates(
             engine.allocate("int64", (slots, 1)),
@@ -57,28 +57,35 @@ class Judge:
         return len(self._samplers)
 
     def accept(
-        self, logits: Buffer, first: int, judged: Sequence[int], requests: Sequence[Request], lengths: Sequence[int]
+        self,
+        first: int,
+        widths: Sequence[int],
+        judged: Sequence[int],
+        requests: Sequence[Request],
+        lengths: Sequence[int],
     ) -> list[Verdict]:
         """Verdicts on requests of one target call, in the order of `judged`.
 
         Args:
-            logits: [B, N, V] of the call.
             first: the call's first slot.
+            widths: rows of logits of it and of the slots behind it.
             judged: slots that are to be judged, rising.
             requests: of those slots; draw from their streams of random numbers.
-            lengths: verify length of each, below N.
+            lengths: verify length of each, below its rows.
         """
         verdicts: list[Verdict] = []
-        for slot, count in runs(judged, [request.params.sampler_role for request in requests]):
+        kinds = [
+            (request.params.sampler_role, widths[slot - first]) for slot, request in zip(judged, requests, strict=True)
+        ]
+        for slot, count in runs(judged, kinds):
             begin = len(verdicts)
             of_run, of_lengths = requests[begin : begin + count], lengths[begin : begin + count]
-            batch, rows, _ = logits.shape
-            role = of_run[0].params.sampler_role
-            key = _Key(role, slot, count, slot - first, batch, rows, any(of_lengths))
+            role, rows = kinds[begin]
+            key = _Key(role, slot, count, sum(widths[: slot - first]), rows, any(of_lengths))
             sampler = self._samplers.get(key)
             if sampler is None:
                 candidates = self._candidates if key.drafted else self._nothing
-                sampler = self._samplers[key] = _Sampler(self._engine, key, logits, candidates)
+                sampler = self._samplers[key] = _Sampler(self._engine, key, self._logits, candidates)
             verdicts += sampler.accept(of_run, of_lengths)
         return verdicts
 
@@ -88,25 +95,23 @@ class _Sampler:
 
     def __init__(self, engine: Engine, key: _Key, logits: Buffer, candidates: Candidates) -> None:
         graph = engine.bundle.manifest.graphs[key.role]
-        sources = {
-            "logits": (logits, key.row),
-            "draft_ids": (candidates.draft_ids, key.slot),
-            "candidate_ids": (candidates.candidate_ids, key.slot),
-            "candidate_probs": (candidates.candidate_probs, key.slot),
-        }
+        sources = {"logits": (logits, key.row, (key.count, key.rows, *logits.shape[1:]))}
+        for name in ("draft_ids", "candidate_ids", "candidate_probs"):
+            of_slots: Buffer = getattr(candidates, name)
+            sources[name] = (of_slots, key.slot, (key.count, *of_slots.shape[1:]))
         sizes = {"batch": key.count, "rows": key.rows}
         self._buffers: dict[str, Buffer] = {}
         self._given: list[InputRows] = []
         for spec in (*graph.inputs, *graph.outputs):
             if spec.name in sources:  # of which the greedy graph takes some alone
-                rows = InputRows(engine, *sources[spec.name], key.count)
+                rows = InputRows(engine, *sources[spec.name])
                 self._given.append(rows)
                 self._buffers[spec.name] = rows.buffer
             else:
                 self._buffers[spec.name] = engine.allocate(spec.dtype, sized(spec, sizes))
         self._call = engine.bind(key.role, self._buffers)
         self._shape = (key.count, key.rows)
-        self._vocabulary = logits.shape[2]
+        self._vocabulary = logits.shape[1]
         self._drawing = "accept_uniforms" in self._buffers
         self._filtering = "pool" in self._buffers
 

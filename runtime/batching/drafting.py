@@ -52,11 +52,18 @@ class GraphDrafter:
         together: whether one call may draft for several: then one call spans all slots from the first that drafts to
             the last, and runs along for those in between; from slot 0 where the engine has no window that begins
             within its outputs.
+        packed: whether the call is one of the packed graph.
         calibration: what makes chances of the confidence logits; None takes the logits at their word.
     """
 
     def __init__(
-        self, engine: Engine, caches: SlotCaches, slots: int, together: bool, calibration: Calibration | None
+        self,
+        engine: Engine,
+        caches: SlotCaches,
+        slots: int,
+        together: bool,
+        packed: bool,
+        calibration: Calibration | None,
     ) -> None:
         manifest = engine.bundle.manifest
         facts = manifest.drafter
@@ -73,6 +80,8 @@ class GraphDrafter:
         self._candidates = Candidates(
             *(self._buffers[name] for name in ("draft_ids", "candidate_ids", "candidate_probs"))
         )
+        # Of a packed call's sequences: 0 for those that are not there, whose caches are short.
+        self._packed_lengths = engine.allocate("int64", (manifest.packed_sequences,)) if packed else None
         self._slots = slots
         self._noise = np.zeros(self._buffers["noise"].shape, np.float32)  # what the buffer has
         self._calls: dict[tuple[int, int], Call] = {}
@@ -104,6 +113,8 @@ class GraphDrafter:
         for first, count in spans:
             known = calls.get((first, count))
             call = known or self._bind(first, count)
+            if (lengths := self._packed_lengths) is not None:
+                lengths.write([*positions[first : first + count], *[0] * (lengths.shape[0] - count)])
             started = perf_counter()
             call.run()
             self._engine.synchronize()
@@ -157,7 +168,12 @@ class GraphDrafter:
 
     def _bind(self, first: int, count: int) -> Call:
         buffers = {name: row_window(self._engine, buffer, first, count) for name, buffer in self._buffers.items()}
-        call = self._engine.bind("drafter", {**buffers, **self._caches.rows(self._graph, first, count)})
+        if self._packed_lengths is None:
+            call = self._engine.bind("drafter", {**buffers, **self._caches.rows(self._graph, first, count)})
+        else:
+            packed = self._engine.bundle.manifest.graphs["drafter_packed"]
+            buffers["cache_lengths"] = self._packed_lengths
+            call = self._engine.bind("drafter_packed", {**buffers, **self._caches.packed_rows(packed, first, count)})
         self._calls_now()[first, count] = call
         return call
 

@@ -10,9 +10,9 @@ from dspark_edge.engines.engine import Engine
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.runtime.batching.acceptance import Judge
 from dspark_edge.runtime.batching.drafting import CallObserver, GraphDrafter, LookupDrafter, SlotDrafter
-from dspark_edge.runtime.batching.grouping import DenseGrouping, Grouping, SerialGrouping
+from dspark_edge.runtime.batching.grouping import DenseGrouping, Grouping, PackedGrouping, SerialGrouping
 from dspark_edge.runtime.batching.slots import SlotCaches
-from dspark_edge.runtime.batching.target import TargetCalls
+from dspark_edge.runtime.batching.target import PackedTargetCalls, TargetCalls
 from dspark_edge.runtime.bit_exact import check_rows, reserved_slots
 from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.round import Draft, Request, Verdict
@@ -20,8 +20,9 @@ from dspark_edge.runtime.scheduling import Costs, Pricing
 
 __all__ = ["EXECUTIONS", "Executor", "ModelExecutor", "choose_grouping"]
 
-EXECUTIONS = ("auto", "dense", "serial")
-"""dense: one target call a round; serial: a call a request, plain ones together; auto: what the lowering allows."""
+EXECUTIONS = ("auto", "dense", "serial", "packed")
+"""dense: one padded target call a round; serial: a call a request, plain ones together; packed: one call of exactly
+the tokens there are, by graphs for a few sequences; auto: what the bundle is best decoded with."""
 
 
 class Executor(Protocol):
@@ -61,17 +62,32 @@ class Executor(Protocol):
         """Release the engine. May be called twice."""
 
 
-def choose_grouping(engine: Engine, execution: str) -> Grouping:
+def choose_grouping(engine: Engine, execution: str, slots: int, drafting: bool) -> Grouping:
     """How a bundle's graphs decode several requests.
 
+    Args:
+        engine: with the bundle.
+        execution: one of `EXECUTIONS`.
+        slots: most requests at once.
+        drafting: whether anything but plain steps is decoded, which are better off without packed graphs.
+
     Raises:
-        InvalidInputError: the execution is unknown, or the bundle's lowering does not allow it.
+        InvalidInputError: the execution is unknown, or the bundle does not allow it.
     """
-    lowering = engine.bundle.manifest.lowering
+    lowering, packed = engine.bundle.manifest.lowering, engine.bundle.manifest.packed_sequences
     if execution not in EXECUTIONS:
         raise InvalidInputError(f"unknown execution {execution!r}; choose one of: {', '.join(EXECUTIONS)}")
     if execution == "auto":
-        execution = "serial" if lowering == "ort" else "dense"
+        of_lowering = "serial" if lowering == "ort" else "dense"
+        execution = "packed" if drafting and 1 < slots <= packed else of_lowering
+    if execution == "packed":
+        if slots > packed:
+            graphs = f"its packed graphs take {packed}" if packed else "it has no packed graphs"
+            raise InvalidInputError(
+                f"execution 'packed' was asked for {slots} slots, but of this bundle {graphs}; choose another "
+                f"execution, or export with --packed-sequences {max(slots, 2)}"
+            )
+        return PackedGrouping()
     if execution == "serial":
         return SerialGrouping()
     if lowering == "ort":
@@ -113,12 +129,14 @@ class ModelExecutor:
         self._engine, self._grouping = engine, grouping
         self._capacity = manifest.limits.capacity - reserved_slots(grouping.width)
         self._caches = SlotCaches(engine, slots)
-        self._target = TargetCalls(engine, self._caches, slots, prefill_chunk)
+        make = PackedTargetCalls if grouping.packed else TargetCalls
+        self._target = make(engine, self._caches, slots, prefill_chunk)
         if grouping.width is not None:
             check_rows(engine, grouping.width, self._caches.rows(manifest.graphs["target"], 0, 1))
         self._drafter = self._make_drafter(slots, calibration) if drafting else None
         self._block_size = manifest.drafter.block_size if drafting else 0
-        self._judge = Judge(engine, slots, self._drafter.candidates if self._drafter else None)
+        candidates = self._drafter.candidates if self._drafter else None
+        self._judge = Judge(engine, slots, self._target.logits, candidates)
         self._observer: CallObserver | None = None
 
     @property
@@ -143,11 +161,11 @@ class ModelExecutor:
     def prefill(self, slot: int, request: Request, count: int) -> Verdict | None:
         sequence = request.sequence
         start = sequence.cache_length
-        logits = self._target.prefill(slot, sequence.token_ids[start : start + count], start)
+        self._target.prefill(slot, sequence.token_ids[start : start + count], start)
         sequence.cache_length = start + count
         if sequence.cache_length < len(sequence.token_ids):
             return None
-        return self._judge.accept(logits, slot, [slot], [request], [0])[0]
+        return self._judge.accept(slot, [1], [slot], [request], [0])[0]
 
     def draft(self, requests: Sequence[Request], drafting: Sequence[bool]) -> list[Draft]:
         if self._drafter is None:
@@ -158,20 +176,20 @@ class ModelExecutor:
         starts = [request.sequence.cache_length for request in requests]
         verdicts: dict[int, Verdict] = {}
         for call in self._grouping.calls(lengths, [self._capacity - start - 1 for start in starts]):
-            slots = range(call.first, call.first + call.count)
-            rows = [
-                # Those behind a narrow request's tokens, or of one that merely runs along, mean nothing.
-                [requests[slot].sequence.anchor, *drafts[slot].token_ids[: min(lengths[slot], call.width - 1)]]
-                for slot in slots
-            ]
-            padded = [row + [0] * (call.width - len(row)) for row in rows]
-            of_call = [starts[slot] for slot in slots]
+            token_ids = []
+            for slot, width in enumerate(call.widths, start=call.first):
+                row = [requests[slot].sequence.anchor, *drafts[slot].token_ids[: min(lengths[slot], width - 1)]]
+                # What is behind a narrow request's tokens, or of one that merely runs along, means nothing.
+                token_ids.append(row + [0] * (width - len(row)))
+            of_call = starts[call.first : call.first + len(call.widths)]
             bindings, started = self._bindings(), perf_counter()
-            logits = self._target.run(call.first, padded, of_call, rows=call.width)
+            self._target.run(call.first, token_ids, of_call)
             judged = [requests[slot] for slot in call.judged]
-            found = self._judge.accept(logits, call.first, call.judged, judged, [lengths[slot] for slot in call.judged])
+            of_judged = [lengths[slot] for slot in call.judged]
+            found = self._judge.accept(call.first, call.widths, call.judged, judged, of_judged)
             if self._observer is not None and self._bindings() == bindings:
-                self._observer.observe_verification(call.count, call.width, max(of_call), perf_counter() - started)
+                seconds = perf_counter() - started
+                self._observer.observe_verification(*self._grouping.bucket(call, of_call), seconds)
             verdicts.update(zip(call.judged, found, strict=True))
         return [verdicts[slot] for slot in range(len(requests))]
 
@@ -189,4 +207,5 @@ class ModelExecutor:
         if bundle.manifest.drafter.kind == "ngram":
             return LookupDrafter(self._engine, slots, bundle.manifest.drafter.block_size)
         calibration = calibration or Calibration.load(bundle)
-        return GraphDrafter(self._engine, self._caches, slots, self._grouping.drafts_together, calibration)
+        grouping = self._grouping
+        return GraphDrafter(self._engine, self._caches, slots, grouping.drafts_together, grouping.packed, calibration)

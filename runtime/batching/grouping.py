@@ -1,11 +1,12 @@
 """Which target calls verify a round's requests: pure functions on numbers.
 
-Requests lie in neighbouring slots 0 … n − 1, and a call takes a range of them. Three groupings:
+Requests lie in neighbouring slots 0 … n − 1, and a call takes a range of them. Four groupings:
 
 - **dense**, for the `onnx` and `decomposed` lowerings: one call, as wide as the widest request. Narrower requests are
   padded; what is written behind their tokens is overwritten later.
 - **serial**, for the `ort` lowering, whose attention takes a batch at width 1 only: those that verify nothing share one
   call of width 1, every other request has a call of its own.
+- **packed**, for bundles of the `ort` lowering that have graphs for it: one call over exactly the tokens that exist.
 - **single**, for bit-exact decoding in any lowering: a call for each request, all of one width, since a batch is
   another shape and has other kernels.
 """
@@ -18,9 +19,9 @@ from itertools import groupby
 from typing import Protocol
 
 from dspark_edge.runtime.batching.pricing import SerialDrafts, Shared
-from dspark_edge.runtime.scheduling import Costs, Dense, FixedWidth, Pricing
+from dspark_edge.runtime.scheduling import Costs, Dense, FixedWidth, Packed, Pricing
 
-__all__ = ["DenseGrouping", "Grouping", "SerialGrouping", "SingleGrouping", "TargetCall", "runs"]
+__all__ = ["DenseGrouping", "Grouping", "PackedGrouping", "SerialGrouping", "SingleGrouping", "TargetCall", "runs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +29,20 @@ class TargetCall:
     """One call of the target."""
 
     first: int  # slot
-    count: int  # slots
-    width: int  # tokens of each
+    widths: tuple[int, ...]  # tokens of it and of the slots behind it; all the same but in packed calls
     judged: tuple[int, ...]  # the slots whose verdict comes from this call; it merely runs over the others
+
+
+Bucket = tuple[int, int, int]
+"""Batch, width and context as which a call is priced."""
 
 
 class Grouping(Protocol):
     """How an engine decodes several requests."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether calls are of the packed graphs."""
 
     @property
     def drafts_together(self) -> bool:
@@ -55,9 +63,25 @@ class Grouping(Protocol):
     def pricing(self, costs: Costs) -> Pricing:
         """The same in seconds."""
 
+    def bucket(self, call: TargetCall, contexts: Sequence[int]) -> Bucket:
+        """What the pricing takes a call for.
+
+        Args:
+            contexts: cached tokens of each of its sequences.
+        """
+
+
+class _Padded:
+    """Groupings whose calls have one width."""
+
+    packed = False
+
+    def bucket(self, call: TargetCall, contexts: Sequence[int]) -> Bucket:
+        return len(call.widths), call.widths[0], max(contexts)
+
 
 @dataclass(frozen=True, slots=True)
-class DenseGrouping:
+class DenseGrouping(_Padded):
     """One call, batch × widest.
 
     A request whose cache ends within the call's width cannot be padded to it. Its neighbours shall not be narrower for
@@ -75,7 +99,7 @@ class DenseGrouping:
 
 
 @dataclass(frozen=True, slots=True)
-class SerialGrouping:
+class SerialGrouping(_Padded):
     """A call each, and one at width 1 for all that verify nothing.
 
     The shared call spans all slots from the first to the last of them. The others in between run along, because their
@@ -87,17 +111,35 @@ class SerialGrouping:
 
     def calls(self, lengths: Sequence[int], rooms: Sequence[int]) -> tuple[TargetCall, ...]:
         plain = tuple(slot for slot, length in enumerate(lengths) if length == 0)
-        alone = (TargetCall(slot, 1, 1 + length, (slot,)) for slot, length in enumerate(lengths) if length > 0)
+        alone = (TargetCall(slot, (1 + length,), (slot,)) for slot, length in enumerate(lengths) if length > 0)
         if not plain:
             return tuple(alone)
-        return (TargetCall(plain[0], plain[-1] - plain[0] + 1, 1, plain), *alone)
+        return (TargetCall(plain[0], (1,) * (plain[-1] - plain[0] + 1), plain), *alone)
 
     def pricing(self, costs: Costs) -> Pricing:
         return Shared(costs)
 
 
 @dataclass(frozen=True, slots=True)
-class SingleGrouping:
+class PackedGrouping:
+    """One call over the Σ(1 + ℓ) tokens that exist."""
+
+    packed = True
+    drafts_together = True
+    width = None
+
+    def calls(self, lengths: Sequence[int], rooms: Sequence[int]) -> tuple[TargetCall, ...]:
+        return (TargetCall(0, tuple(1 + length for length in lengths), tuple(range(len(lengths)))),)
+
+    def pricing(self, costs: Costs) -> Pricing:
+        return Packed(costs)
+
+    def bucket(self, call: TargetCall, contexts: Sequence[int]) -> Bucket:
+        return 1, sum(call.widths), round(sum(contexts) / len(contexts))
+
+
+@dataclass(frozen=True, slots=True)
+class SingleGrouping(_Padded):
     """A call each, all of one width, plain steps included.
 
     What a request is told is then what it is told alone. So is its draft: at temperature > 0 an answer depends on it.
@@ -110,7 +152,7 @@ class SingleGrouping:
         return False
 
     def calls(self, lengths: Sequence[int], rooms: Sequence[int]) -> tuple[TargetCall, ...]:
-        return tuple(TargetCall(slot, 1, self.width, (slot,)) for slot in range(len(lengths)))
+        return tuple(TargetCall(slot, (self.width,), (slot,)) for slot in range(len(lengths)))
 
     def pricing(self, costs: Costs) -> Pricing:
         return FixedWidth(SerialDrafts(costs), self.width)
@@ -134,7 +176,7 @@ def _padded(slots: range, lengths: Sequence[int], rooms: Sequence[int]) -> Itera
     widest = max(lengths[slot] for slot in slots)
     tight = [rooms[slot] < widest for slot in slots]
     if not any(tight):
-        yield TargetCall(slots[0], len(slots), 1 + widest, tuple(slots))
+        yield TargetCall(slots[0], (1 + widest,) * len(slots), tuple(slots))
         return
     # A run of tight slots is narrower than this one (no length exceeds its room), so this comes to an end.
     for first, count in runs(slots, tight):

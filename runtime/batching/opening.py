@@ -70,12 +70,12 @@ def assemble(
     if mode is None:
         mode = "static" if costs is None or verify_length is not None else "scheduled"
     options = replace(options, mode=mode, verify_length=verify_length)
+    drafting = mode != "plain"
     grouping: Grouping
     if options.bit_exact:
         grouping = SingleGrouping(exact_width(bundle.manifest))
     else:
-        grouping = choose_grouping(engine, options.execution)
-    drafting = mode != "plain"
+        grouping = choose_grouping(engine, options.execution, options.slots, drafting)
     calibration = Calibration.load(bundle) if drafting else None
     executor = ModelExecutor(engine, options.slots, grouping, drafting, options.chunk, calibration)
     policy: GroupPolicy | None = None

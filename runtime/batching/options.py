@@ -28,7 +28,7 @@ class BatchOptions:
     queue: int = 64  # most requests that wait for a slot
     # prompt tokens a call, which others wait for between two rounds; None: 64, and fewer where that stalls them
     prefill_chunk: int | None = None
-    execution: str = "auto"  # auto | dense | serial, see `choose_grouping`
+    execution: str = "auto"  # auto | dense | serial | packed, see `choose_grouping`
     bit_exact: bool = False  # answers do not depend on how and beside whom they were decoded; see docs/bit-exact.md
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ class BatchProbe:
         self._engine = _TimingEngine(engine, clock)
         manifest = engine.bundle.manifest
         self._vocabulary, self._block_size = manifest.target.vocab_size, manifest.drafter.block_size
-        grouping = choose_grouping(engine, "auto")
+        grouping = choose_grouping(engine, "auto", batch, drafting=True)
         self._executor = ModelExecutor(self._engine, batch, grouping, True, _PREFILL_CHUNK)
         self._executor.caches.ensure(longest)  # growing later would void what rounds have bound
         self._executor.caches.write(cache_noise)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy.typing as npt
 
 from dspark_edge.engines.engine import Buffer, Engine
-from dspark_edge.engines.manifest import GraphSpec
+from dspark_edge.engines.manifest import GraphSpec, TensorSpec
 from dspark_edge.runtime.batching.windows import exchange_rows, row_window
 from dspark_edge.runtime.model import Caches
 
@@ -32,6 +32,7 @@ class SlotCaches:
         self._engine = engine
         self._caches = Caches(engine, engine.bundle.manifest.limits.capacity, slots)
         self._windows: dict[tuple[str, int, int], Buffer] = {}
+        self._unread: dict[tuple[str, tuple[int, ...]], Buffer] = {}  # by type and shape; for packed calls
         self._spares: dict[tuple[str, tuple[int, ...]], Buffer] = {}  # by type and shape; for exchanges
         self._windows_version = self._caches.version
 
@@ -60,16 +61,20 @@ class SlotCaches:
 
     def rows(self, graph: GraphSpec, first: int, count: int) -> dict[str, Buffer]:
         """The windows on `count` rows that a graph takes as its caches."""
-        if self._windows_version != self.version:
-            self._windows.clear()
-            self._spares.clear()
-            self._windows_version = self.version
+        return {name: self._window(name, first, count) for name in self._caches.of(graph)}
+
+    def packed_rows(self, graph: GraphSpec, first: int, count: int) -> dict[str, Buffer]:
+        """What a packed graph takes as the caches of its sequences.
+
+        Those that are there have the `count` rows from `first` on, and the others a short one that nobody reads.
+        """
         taken = {}
-        for name, buffer in self._caches.of(graph).items():
-            key = (name, first, count)
-            if key not in self._windows:
-                self._windows[key] = row_window(self._engine, buffer, first, count)
-            taken[name] = self._windows[key]
+        for spec in graph.inputs:
+            name, _, place = spec.name.rpartition(".")
+            if self.holds(name):
+                index = int(place)
+                there = index < count
+                taken[spec.name] = self._window(name, first + index, 1) if there else self._unread_row(spec)
         return taken
 
     def exchange(self, one: int, other: int, lengths: tuple[int, int]) -> None:
@@ -80,3 +85,22 @@ class SlotCaches:
             if spare is None:
                 spare = self._spares[key] = self._engine.allocate(*key)
             exchange_rows(self._engine, buffer, spare, one, other, lengths)
+
+    def _window(self, name: str, first: int, count: int) -> Buffer:
+        if self._windows_version != self.version:
+            self._windows.clear()
+            self._spares.clear()
+            self._windows_version = self.version
+        key = (name, first, count)
+        if key not in self._windows:
+            self._windows[key] = row_window(self._engine, self._caches.buffers[name], first, count)
+        return self._windows[key]
+
+    def _unread_row(self, spec: TensorSpec) -> Buffer:
+        """For a sequence that is not there. The graph writes a token to it, or a block, and reads it back."""
+        tokens = self._engine.bundle.manifest.drafter.block_size + 1
+        shape = tuple(tokens if isinstance(size, str) else size for size in spec.shape)
+        key = (spec.dtype, shape)
+        if key not in self._unread:
+            self._unread[key] = self._engine.allocate(*key)
+        return self._unread[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -12,20 +13,17 @@ from dspark_edge.runtime.batching.prefill_pace import chunk_sizes
 from dspark_edge.runtime.batching.slots import SlotCaches
 from dspark_edge.runtime.model import prefill_width
 
-__all__ = ["TargetCalls"]
+__all__ = ["PackedTargetCalls", "TargetCalls"]
 
-_Key = tuple[int, int, int, int]  # first slot, slots, width, rows that get logits
+_Key = tuple[int, int, int, int]  # first slot, slots, tokens of all of them, rows that get logits
 
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
-    """The target bound for one range of slots and one width."""
+    """The target bound for one range of slots and so many tokens."""
 
     call: Call
-    input_ids: Buffer  # [B, W]
-    cache_lengths: Buffer  # [B]
-    logit_rows: Buffer  # [B, N]
-    logits: Buffer  # [B, N, V]
+    inputs: dict[str, Buffer]
 
 
 class TargetCalls:
@@ -40,81 +38,113 @@ class TargetCalls:
         prefill_chunk: width of the widest prefill calls.
     """
 
+    _role = "target"
+
     def __init__(self, engine: Engine, caches: SlotCaches, slots: int, prefill_chunk: int) -> None:
         manifest = engine.bundle.manifest
         self._engine, self._caches = engine, caches
-        self._graph = manifest.graphs["target"]
-        self._vocabulary = manifest.target.vocab_size
+        self._graph = manifest.graphs[self._role]
         self._most, self._limit = prefill_chunk, manifest.limits.capacity
         self._widest, self._chunks = manifest.drafter.block_size + 1, chunk_sizes(prefill_chunk)
-        self._logits = engine.allocate("float32", (slots, self._widest, self._vocabulary))
+        self._logits = engine.allocate("float32", (slots * self._widest, manifest.target.vocab_size))
         self._calls: dict[_Key, _Bound] = {}
         self._version = caches.version
         self.bindings = 0  # made so far: a call that makes one takes longer than others
         self._bind((0, 1, 1, 1))  # loads the graph here, so that neither its time nor its errors fall on a request
 
-    def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> Buffer:
-        """Cache some of a prompt's tokens behind the `start` that are cached, with logits for the last of them.
+    @property
+    def logits(self) -> Buffer:
+        """[slots · (γ + 1), V] float32, of the last call: one sequence's rows behind the other's."""
+        return self._logits
 
-        Returns:
-            [1, 1, V] float32 logits; valid until the next run.
-        """
+    def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
+        """Cache some of a prompt's tokens behind the `start` that are cached, with one row of logits for the last."""
         # What is written behind the chunk is overwritten, as rejected drafts are.
         count = len(token_ids)
         padding = [0] * (prefill_width(self._engine, count, self._most, self._limit - start) - count)
         bound = self._bound(slot, [[*token_ids, *padding]], [start], rows=1)
         if self._engine.few_shapes:
-            bound.logit_rows.write(count - 1)
+            bound.inputs["logit_rows"].write(count - 1)
         bound.call.run()
-        return bound.logits
 
-    def run(self, first: int, token_ids: Sequence[Sequence[int]], starts: Sequence[int], rows: int) -> Buffer:
-        """Run tokens behind what is cached of each sequence.
+    def run(self, first: int, token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        """Run tokens behind what is cached of each sequence, with a row of logits for each.
 
         Args:
             first: slot of the first sequence; the others are in the slots behind it.
-            token_ids: [B][W] of each sequence.
+            token_ids: [B][W] of each sequence; as many of all but in packed calls.
             starts: [B] valid cache slots of each.
-            rows: how many of the W tokens, the last ones, get logits.
-
-        Returns:
-            [B, rows, V] float32 logits; valid until the next run.
         """
-        bound = self._bound(first, token_ids, starts, rows)
-        bound.call.run()
-        return bound.logits
+        self._bound(first, token_ids, starts, rows=sum(map(len, token_ids))).call.run()
 
     def _bound(self, first: int, token_ids: Sequence[Sequence[int]], starts: Sequence[int], rows: int) -> _Bound:
         """The call for these tokens, which are in its inputs."""
-        width = len(token_ids[0])
-        self._caches.ensure(max(starts) + width)
+        self._caches.ensure(max(start + len(ids) for start, ids in zip(starts, token_ids, strict=True)))
         if self._version != self._caches.version:
             self._calls.clear()
             self._version = self._caches.version
-        key = (first, len(token_ids), width, rows)
+        key = (first, len(token_ids), sum(map(len, token_ids)), rows)
         bound = self._calls.get(key) or self._bind(key)
-        bound.input_ids.write(token_ids)
-        bound.cache_lengths.write(starts)
+        self._write(bound.inputs, token_ids, starts)
         return bound
 
     def _bind(self, key: _Key) -> _Bound:
-        first, count, width, rows = key
+        first, count, tokens, rows = key
         self.bindings += 1
-        allocate = self._engine.allocate
-        logit_rows = allocate("int64", (count, rows))
-        logit_rows.write(np.arange(width - rows, width))
-        input_ids, cache_lengths = allocate("int64", (count, width)), allocate("int64", (count,))
-        logits = self._engine.window(self._logits, (count, rows, self._vocabulary))
-        buffers = {
-            "input_ids": input_ids,
-            "cache_lengths": cache_lengths,
-            "logit_rows": logit_rows,
-            "logits": logits,
-            **self._caches.rows(self._graph, first, count),
-        }
-        bound = _Bound(self._engine.bind("target", buffers), input_ids, cache_lengths, logit_rows, logits)
-        if (
-            width <= self._widest or width in self._chunks or self._engine.few_shapes
-        ):  # a prompt's last chunk has any width: not kept
+        inputs = self._inputs(count, tokens, rows)
+        logits = self._engine.window(self._logits, (*inputs["logit_rows"].shape, self._logits.shape[1]))
+        caches = self._cache_rows(first, count)
+        bound = _Bound(self._engine.bind(self._role, {**inputs, "logits": logits, **caches}), inputs)
+        width = tokens // count
+        # A prompt's last chunk has any width: it is not kept.
+        if width <= self._widest or width in self._chunks or self._engine.few_shapes:
             self._calls[key] = bound
         return bound
+
+    def _inputs(self, count: int, tokens: int, rows: int) -> dict[str, Buffer]:
+        """Buffers for so many sequences; those that never change are filled in."""
+        allocate, width, kept = self._engine.allocate, tokens // count, rows // count
+        inputs = {
+            "input_ids": allocate("int64", (count, width)),
+            "cache_lengths": allocate("int64", (count,)),
+            "logit_rows": allocate("int64", (count, kept)),
+        }
+        inputs["logit_rows"].write(np.arange(width - kept, width))
+        return inputs
+
+    def _cache_rows(self, first: int, count: int) -> dict[str, Buffer]:
+        return self._caches.rows(self._graph, first, count)
+
+    def _write(self, inputs: dict[str, Buffer], token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        inputs["input_ids"].write(token_ids)
+        inputs["cache_lengths"].write(starts)
+
+
+class PackedTargetCalls(TargetCalls):
+    """The same of the packed graph: sequences of any widths, in one row of tokens; see `exporter/packing.py`.
+
+    A binding serves all widths that add up to as many tokens.
+    """
+
+    _role = "target_packed"
+
+    def _inputs(self, count: int, tokens: int, rows: int) -> dict[str, Buffer]:
+        allocate, sequences = self._engine.allocate, self._engine.bundle.manifest.packed_sequences
+        inputs = {
+            "input_ids": allocate("int64", (1, tokens)),
+            "cache_lengths": allocate("int64", (sequences,)),
+            "logit_rows": allocate("int64", (1, rows)),
+            "widths": allocate("int64", (sequences,)),
+        }
+        inputs["logit_rows"].write(np.arange(tokens - rows, tokens))
+        return inputs
+
+    def _cache_rows(self, first: int, count: int) -> dict[str, Buffer]:
+        return self._caches.packed_rows(self._graph, first, count)
+
+    def _write(self, inputs: dict[str, Buffer], token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
+        # Of sequences that are not there both are 0: nothing of theirs passes the end of the short cache they have.
+        absent = [0] * (inputs["widths"].shape[0] - len(token_ids))
+        inputs["input_ids"].write([list(chain.from_iterable(token_ids))])
+        inputs["cache_lengths"].write([*starts, *absent])
+        inputs["widths"].write([*map(len, token_ids), *absent])

@@ -30,18 +30,18 @@ class InputRows:
     Args:
         engine: has the buffer.
         source: the buffer.
-        first, count: the rows.
+        first: the first row.
+        shape: that the rows from there are to have, [rows, …] or one of as many elements.
     """
 
-    def __init__(self, engine: Engine, source: Buffer, first: int, count: int) -> None:
-        inner = source.shape[1:]
+    def __init__(self, engine: Engine, source: Buffer, first: int, shape: tuple[int, ...]) -> None:
         self._engine, self._source = engine, source
-        self._start, self._count = first * prod(inner), count * prod(inner)
+        self._start, self._count = first * prod(source.shape[1:]), prod(shape)
         self._copied = self._start * item_size(source.dtype) % engine.alignment != 0
         if self._copied:
-            self.buffer = engine.allocate(source.dtype, (count, *inner))
+            self.buffer = engine.allocate(source.dtype, shape)
         else:
-            self.buffer = row_window(engine, source, first, count)
+            self.buffer = engine.window(source, shape, self._start)
 
     def refresh(self) -> None:
         """Bring a copy up to date; before every run."""

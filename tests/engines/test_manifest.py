@@ -48,6 +48,12 @@ def graph(file: str) -> GraphSpec:
     )
 
 
+def packed_graph(file: str) -> GraphSpec:
+    """For two sequences, whose caches do not matter here."""
+    whole = graph(file)
+    return dataclasses.replace(whole, inputs=(*whole.inputs, TensorSpec("cache_lengths", "int64", (2,))))
+
+
 def dspark_manifest() -> Manifest:
     return Manifest(
         schema_version=1,
@@ -57,7 +63,7 @@ def dspark_manifest() -> Manifest:
         target=TargetFacts("Qwen3ForCausalLM", 100, 64, 4, 8, 2, 8, 2048, 123456, None, (2, 7)),
         drafter=DrafterFacts("dspark", 7, 2, 2, 8, (1, 0, 3), 32, "gated", 99, True, 64, 0),
         limits=Limits(512, 4),
-        graphs={role: graph(f"{role}.onnx") for role in module.ROLES},
+        graphs={role: (packed_graph if role.endswith("_packed") else graph)(f"{role}.onnx") for role in module.ROLES},
         files=tuple(FileRecord(f"{role}.onnx", 10, "0" * 64) for role in module.ROLES),
         provenance=Provenance("2025-01-31T12:00:00Z", {"dspark-edge": "0.1.0"}, "Qwen/Qwen3-4B", "drafter"),
     )
@@ -117,6 +123,14 @@ def test_quantization_is_for_low_bit_precisions() -> None:
         wrong = changed("quantization", {**QUANTIZATION, name: value})
         with pytest.raises(BundleError, match=rf"manifest\.quantization\.{name} is .*expected"):
             Manifest.from_json(wrong)
+
+
+def test_packed_sequences() -> None:
+    manifest = dspark_manifest()
+    assert (manifest.packed_sequences, manifest.widest_verification) == (2, 16)
+    unpacked = {role: spec for role, spec in manifest.graphs.items() if not role.endswith("_packed")}
+    without = dataclasses.replace(manifest, graphs=unpacked)
+    assert (without.packed_sequences, without.widest_verification) == (0, 8)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +221,8 @@ WRONG = [
     ("graphs/sampler", ..., "manifest.graphs: the role 'sampler' is missing"),
     ("graphs/drafter", ..., "manifest.graphs: the role 'drafter' is missing"),
     ("graphs/verifier", graph("v.onnx").to_json(), "'verifier' is not one of the roles"),
+    ("graphs/drafter_packed", ..., "manifest.graphs: expected all of drafter_packed, target_packed, or none"),
+    ("graphs/target_packed/inputs/2/shape", ["batch"], "'target_packed' does not say for how many sequences it is"),
     ("graphs/target/inputs/0/dtype", "float8", HEAD + '.inputs[0].dtype is "float8"'),
     ("graphs/target/inputs/0/shape/0", 0, HEAD + ".inputs[0].shape[0] is 0"),
     ("graphs/target/inputs/0/shape/0", "a b", HEAD + '.inputs[0].shape[0] is "a b"'),
@@ -329,6 +345,8 @@ BETWEEN = (
     "expected an output and an input",
     "differ in dtype or shape",
     "records a path twice",
+    "expected all of",
+    "for how many sequences",
 )
 
 

@@ -205,6 +205,11 @@ def test_capacities_that_do_not_fit(options: dict[str, Any], message: str, pair:
         ({"candidates": 0}, "candidates is 0"),
         ({"candidates": 64, "candidate_pool": 32}, "candidate_pool is 32, expected at least the 64 candidates"),
         ({"ngram_block_size": -1}, "ngram_block_size is -1"),
+        ({"packed_sequences": 1}, "packed_sequences is 1, expected 0 or at least 2"),
+        (
+            {"packed_sequences": 2, "lowering": "onnx"},
+            "packed_sequences is given, but the 'onnx' lowering verifies batches as it is",
+        ),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:

@@ -90,7 +90,8 @@ def test_variants_agree(name: str, lowering: str, variant: Callable[..., tuple[P
     assert report.passed, report.to_json()
     confidence = ["confidence_logits"] if Bundle.open(bundle).manifest.drafter.confidence else []
     drafted = ["draft_ids", *confidence, "candidate_probs", "base_logits"]
-    assert names(report) == [*TARGET_OUTPUTS, *CONTEXT_OUTPUTS, *drafted, *SAMPLERS]
+    packed = [f"packed.{output}" for output in ("logits", *drafted)] if lowering == "ort" else []
+    assert names(report) == [*TARGET_OUTPUTS, *CONTEXT_OUTPUTS, *drafted, *packed, *SAMPLERS]
     for row in report.rows:
         assert row.max_abs_error <= 1e-4
         assert row.top1_agreement in (None, 1.0)
@@ -103,7 +104,7 @@ def test_without_a_drafter(reference_bundle: ReferenceBundle, reference_dir: Pat
         bundle, reference_dir / "llama_target", "ngram", positions=20, report=lambda *given: calls.append(given)
     )
     assert report.passed and report.positions == 20
-    assert names(report) == [*TARGET_OUTPUTS, *SAMPLERS]
+    assert names(report) == [*TARGET_OUTPUTS, "packed.logits", *SAMPLERS]
     assert calls[0] == ("torch", 0, 1) and calls[-1][1] == calls[-1][2]
 
 
@@ -206,6 +207,25 @@ def test_drafts_that_are_not_the_best_candidates_are_found(
     )
     failed = {row.name for row in report.rows if not row.passed}
     assert failed == {"draft_ids"}
+
+
+@pytest.mark.parametrize(("role", "failing"), [("target", "packed.logits"), ("drafter", "packed.base_logits")])
+def test_a_packed_graph_that_mixes_sequences_up_is_found(
+    role: str, failing: str, reference_bundle: ReferenceBundle, reference_dir: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(reference_bundle("qwen3_target", "qwen3_vanilla"), bundle)
+    model = onnx.load(bundle / f"{role}_packed.onnx", load_external_data=False)
+    first, second = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"][:2]
+    first.input[5] = second.input[5]  # the first layer's first sequence is as long as the other
+    (bundle / f"{role}_packed.onnx").write_bytes(model.SerializeToString())
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    record = next(record for record in manifest["files"] if record["path"] == f"{role}_packed.onnx")
+    record["size"] = (bundle / f"{role}_packed.onnx").stat().st_size
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    report = compare_bundle(bundle, reference_dir / "qwen3_target", reference_dir / "qwen3_vanilla")
+    failed = {row.name for row in report.rows if not row.passed}
+    assert failing in failed and all(name.startswith("packed.") for name in failed)
 
 
 def test_checkpoints_of_another_pair(reference_bundle: ReferenceBundle, reference_dir: Path, tmp_path: Path) -> None:

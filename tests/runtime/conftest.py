@@ -24,6 +24,18 @@ def bundle_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def packed_bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pair with graphs for 8 packed sequences."""
+    if not runs_lowering("ort", "dspark"):
+        pytest.skip("this ONNX Runtime is too old for the lowering")
+    kept, folder = Path(__file__).parents[1] / "data" / "bundles", tmp_path_factory.mktemp("bundles") / "packed"
+    shutil.copytree(kept / "qwen3_rnn_packed", folder)
+    for data in (kept / "qwen3_rnn_ort").glob("*.data"):
+        shutil.copy(data, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def record(reference_dir: Path) -> Any:
     """What DeepSpec's own evaluation recorded for that pair."""
     return json.loads((reference_dir / "qwen3_rnn" / "reference.json").read_text())

@@ -386,7 +386,7 @@ def test_a_fixed_width_has_one_price() -> None:
 
 def test_every_request_has_a_call_of_its_own() -> None:
     grouping = SingleGrouping(4)
-    assert grouping.calls((3, 0), (9, 9)) == (TargetCall(0, 1, 4, (0,)), TargetCall(1, 1, 4, (1,)))
+    assert grouping.calls((3, 0), (9, 9)) == (TargetCall(0, (4,), (0,)), TargetCall(1, (4,), (1,)))
     assert not grouping.drafts_together
     assert grouping.pricing(COSTS).verify_s((3, 0), (9, 9)) == 2 * COSTS.target[3]
     assert grouping.pricing(COSTS).costs.draft_s(3, 9) == pytest.approx(3 * COSTS.draft)

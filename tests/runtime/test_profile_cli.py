@@ -158,7 +158,7 @@ def test_plain_steps_of_batches_are_measured_unasked(bundle: Path) -> None:
     ("arguments", "error", "problem"),
     [
         (("--widths", "1,x"), InvalidInputError, "--widths is '1,x', expected numbers with commas"),
-        (("--widths", "9"), InvalidInputError, "width 9: a block of 7 drafts is verified at widths 1 to 8"),
+        (("--widths", "9"), InvalidInputError, "width 9: blocks of 7 drafts are verified at widths 1 to 8"),
         (("--contexts", "300"), CapacityError, "context 300: the bundle's capacity of 256"),
         (("--batches", "0"), InvalidInputError, "batch 0: the bundle was exported for 1 to 1"),
         (("--budget", "0"), InvalidInputError, "the budget is 0.0 s"),

@@ -163,7 +163,7 @@ def test_a_plan_as_given(manifest: Manifest) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "problem"),
     [
-        ({"widths": [9]}, InvalidInputError, "width 9: a block of 7 drafts is verified at widths 1 to 8"),
+        ({"widths": [9]}, InvalidInputError, "width 9: blocks of 7 drafts are verified at widths 1 to 8"),
         ({"widths": [0]}, InvalidInputError, "width 0"),
         (
             {"contexts": [249]},

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from dspark_edge.runtime.batching.grouping import DenseGrouping, SerialGrouping, TargetCall, runs
+from dspark_edge.runtime.batching.grouping import DenseGrouping, PackedGrouping, SerialGrouping, TargetCall, runs
 from dspark_edge.runtime.batching.pricing import Shared
 from dspark_edge.runtime.scheduling import LookAhead, Proposal
 
@@ -38,18 +38,18 @@ def test_runs_are_neighbours_of_one_kind() -> None:
 
 
 def test_a_dense_round_is_one_call_as_wide_as_the_widest() -> None:
-    assert DenseGrouping().calls((2, 0, 5), ROOMY[:3]) == (TargetCall(0, 3, 6, (0, 1, 2)),)
-    assert DenseGrouping().calls((0, 0), ROOMY[:2]) == (TargetCall(0, 2, 1, (0, 1)),)
+    assert DenseGrouping().calls((2, 0, 5), ROOMY[:3]) == (TargetCall(0, (6, 6, 6), (0, 1, 2)),)
+    assert DenseGrouping().calls((0, 0), ROOMY[:2]) == (TargetCall(0, (1, 1), (0, 1)),)
 
 
 def test_who_has_no_room_for_the_width_is_verified_apart() -> None:
     calls = DenseGrouping().calls((5, 1, 5, 3, 0), (9, 2, 9, 3, 0))
     assert calls == (
-        TargetCall(0, 1, 6, (0,)),
-        TargetCall(1, 1, 2, (1,)),
-        TargetCall(2, 1, 6, (2,)),
-        TargetCall(3, 1, 4, (3,)),
-        TargetCall(4, 1, 1, (4,)),
+        TargetCall(0, (6,), (0,)),
+        TargetCall(1, (2,), (1,)),
+        TargetCall(2, (6,), (2,)),
+        TargetCall(3, (4,), (3,)),
+        TargetCall(4, (1,), (4,)),
     )
 
 
@@ -63,16 +63,16 @@ def test_every_request_is_judged_once_at_its_width_and_inside_its_cache(
             calls = grouping.calls(lengths, rooms)
             assert sorted(slot for call in calls for slot in call.judged) == [0, 1, 2, 3]
             for call in calls:
-                slots = range(call.first, call.first + call.count)
+                slots = range(call.first, call.first + len(call.widths))
                 assert set(call.judged) <= set(slots)
-                assert all(lengths[slot] < call.width for slot in call.judged)
-                assert all(call.width <= rooms[slot] + 1 for slot in slots)
+                assert all(lengths[slot] < call.widths[slot - call.first] for slot in call.judged)
+                assert all(width <= rooms[slot] + 1 for slot, width in zip(slots, call.widths, strict=True))
 
 
 def test_a_serial_round_has_one_call_for_plain_steps_and_one_for_each_other_request() -> None:
     calls = SerialGrouping().calls((0, 3, 0, 0, 2), ROOMY[:5])
-    assert calls == (TargetCall(0, 4, 1, (0, 2, 3)), TargetCall(1, 1, 4, (1,)), TargetCall(4, 1, 3, (4,)))
-    assert SerialGrouping().calls((1, 2), ROOMY[:2]) == (TargetCall(0, 1, 2, (0,)), TargetCall(1, 1, 3, (1,)))
+    assert calls == (TargetCall(0, (1, 1, 1, 1), (0, 2, 3)), TargetCall(1, (4,), (1,)), TargetCall(4, (3,), (4,)))
+    assert SerialGrouping().calls((1, 2), ROOMY[:2]) == (TargetCall(0, (2,), (0,)), TargetCall(1, (3,), (1,)))
 
 
 def test_shared_seconds_are_those_of_the_calls() -> None:
@@ -116,3 +116,11 @@ def test_who_has_no_draft_stays() -> None:
     ladders = Shared(SharedCosts()).ladders([proposal(()), proposal((0.9, 0.8))])
     assert [len(one.gains) for one in ladders] == [0, 2]
     assert LookAhead().lengths([proposal(()), proposal(())], Shared(SharedCosts()), 1.0) == (0, 0)
+
+
+def test_a_packed_round_is_one_call_of_the_tokens_there_are() -> None:
+    grouping, costs = PackedGrouping(), SharedCosts()
+    (call,) = grouping.calls((2, 0, 5), (2, 0, 5))
+    assert call == TargetCall(0, (3, 1, 6), (0, 1, 2))
+    assert grouping.bucket(call, (100, 200, 600)) == (1, 10, 300)
+    assert grouping.pricing(costs).verify_s((2, 0, 5), (100, 200, 600)) == pytest.approx(20.0 + 0.1)

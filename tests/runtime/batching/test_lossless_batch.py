@@ -28,6 +28,8 @@ LENGTH = 8  # of the answers, so that several share a round; their first DEPTH t
 LEAST_EXPECTED = 10.0
 # Dear enough that confidences decide, and not always alike.
 COSTS = TableCosts(target=(1.0, 1.35, 1.7, 2.05, 2.4, 2.75, 3.1, 3.45), draft=0.02)
+# The same where a call has as many tokens as all requests together.
+PACKED_COSTS = TableCosts(target=tuple(1.0 + 0.1 * others for others in range(64)), draft=0.02)
 
 
 class Unobserved(ModelExecutor):
@@ -39,16 +41,21 @@ class Unobserved(ModelExecutor):
 
 @pytest.mark.parametrize(
     ("execution", "scheduler"),
-    [("dense", LookAhead()), ("serial", LookAhead()), ("dense", Lagged())],
-    ids=["dense", "serial", "lagged"],
+    [("dense", LookAhead()), ("serial", LookAhead()), ("packed", LookAhead()), ("dense", Lagged())],
+    ids=["dense", "serial", "packed", "lagged"],
 )
-def test_draws_of_a_scheduled_batch_follow_the_target(execution: str, scheduler: Scheduler) -> None:
+def test_draws_of_a_scheduled_batch_follow_the_target(
+    request: pytest.FixtureRequest, execution: str, scheduler: Scheduler
+) -> None:
     chi2 = pytest.importorskip("scipy.stats").chi2
     path = Path(__file__).parents[2] / "data" / "bundles" / "qwen3_rnn_decomposed"
+    if execution == "packed":
+        path = request.getfixturevalue("packed_bundle_dir")
     with OnnxRuntimeEngine(Bundle.open(path), threads=1) as engine:
         expected = dict(outcomes(TargetProbs(engine), unchanged, LEAST_EXPECTED / RUNS))
-        executor = Unobserved(engine, 8, choose_grouping(engine, execution), True, 64)
-        policy = GroupScheduling(COSTS, executor.pricing, executor.block_size, scheduler)
+        executor = Unobserved(engine, 8, choose_grouping(engine, execution, 8, drafting=True), True, 64)
+        costs = PACKED_COSTS if execution == "packed" else COSTS
+        policy = GroupScheduling(costs, executor.pricing, executor.block_size, scheduler)
         options = BatchOptions("scheduled", slots=8, queue=RUNS)
         generator = BatchGenerator(executor, PromptEncoder.of(engine.bundle), options, policy)
         tickets = [
@@ -58,7 +65,7 @@ def test_draws_of_a_scheduled_batch_follow_the_target(execution: str, scheduler:
         list(generator.run())
         answers = [ticket.result() for ticket in tickets]
     verified = sum(answer.statistics.draft_tokens for answer in answers)
-    assert 0 < verified < 7 * sum(answer.statistics.rounds for answer in answers), "nothing was scheduled"
+    assert 0 < verified < 6 * sum(answer.statistics.rounds for answer in answers), "nothing was scheduled"
     counts = Counter(answer.token_ids[:DEPTH] for answer in answers)
     observed = np.array([counts.pop(outcome, 0) for outcome in expected] + [0.0])
     observed[-1] = sum(counts.values())

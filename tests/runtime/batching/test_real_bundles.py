@@ -1,4 +1,4 @@
-"""Batches of a real (tiny) model in both executions, compared with a single stream."""
+"""Batches of a real (tiny) model in all executions, compared with a single stream."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from dspark_edge.engines.errors import BundleError, EngineError, InvalidInputError
+from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.runtime import Generation, Generator, SamplingParams
 from dspark_edge.runtime import model as model_module
 from dspark_edge.runtime.batching import BatchGenerator
+from dspark_edge.runtime.batching.target import PackedTargetCalls
 
 from ...conftest import runs_lowering
 from ..scripted import TableCosts
@@ -32,9 +34,12 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["ort", "decomposed"])
+@pytest.fixture(scope="module", params=["ort", "decomposed", "packed"])
 def either_bundle(request: pytest.FixtureRequest) -> Path:
-    """The reference pair in the lowering that runs serially and in one that runs dense."""
+    """The reference pair in the lowering that runs serially, in one that runs dense, and with packed graphs."""
+    if request.param == "packed":
+        packed: Path = request.getfixturevalue("packed_bundle_dir")
+        return packed
     if not runs_lowering(request.param, "dspark"):
         pytest.skip("this ONNX Runtime is too old for the lowering")
     return Path(__file__).parents[2] / "data" / "bundles" / f"qwen3_rnn_{request.param}"
@@ -203,6 +208,48 @@ def test_the_ort_lowering_verifies_no_batch_in_one_call(bundle_dir: Path) -> Non
         pytest.skip("another lowering")
     with pytest.raises(InvalidInputError, match="needs a lowering that verifies batches, the bundle's is 'ort'"):
         BatchGenerator.open(bundle_dir, execution="dense", threads=1)
+
+
+@pytest.mark.parametrize("mode", ["plain", "static"])
+def test_packed_graphs_are_taken_where_they_serve(
+    packed_bundle_dir: Path, bundle_dir: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    loaded: list[str] = []
+    load = OnnxRuntimeEngine._load
+    monkeypatch.setattr(OnnxRuntimeEngine, "_load", lambda engine, role: loaded.append(role) or load(engine, role))
+    for slots, execution in ((1, "auto"), (2, "auto"), (8, "auto"), (9, "auto"), (2, "serial"), (1, "packed")):
+        loaded.clear()
+        with BatchGenerator.open(
+            packed_bundle_dir, mode=mode, slots=slots, execution=execution, threads=1
+        ) as generator:
+            generator.generate(PROMPTS[:2], SamplingParams(max_new_tokens=4))
+        packed = execution == "packed" or (execution == "auto" and mode != "plain" and slots in (2, 8))
+        # One of the two, never both: each has its own copy of the weights in memory.
+        suffix = "_packed" if packed else ""
+        expected = {f"target{suffix}"} | ({f"drafter{suffix}"} if mode != "plain" else set())
+        assert {role for role in loaded if not role.startswith("sampler")} == expected
+    with pytest.raises(InvalidInputError, match="asked for 9 slots, but of this bundle its packed graphs take 8"):
+        BatchGenerator.open(packed_bundle_dir, slots=9, execution="packed", threads=1)
+    with pytest.raises(InvalidInputError, match=r"has no packed graphs; .* export with --packed-sequences 2"):
+        BatchGenerator.open(bundle_dir, slots=1, execution="packed", threads=1)
+
+
+def test_packed_rounds_make_one_call_for_all(packed_bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their verify lengths: also where only some draft."""
+    widths: list[list[int]] = []
+    run = PackedTargetCalls.run
+
+    def noting(calls: PackedTargetCalls, first: int, token_ids: Any, starts: Any) -> None:
+        widths.append([len(ids) for ids in token_ids])
+        run(calls, first, token_ids, starts)
+
+    monkeypatch.setattr(PackedTargetCalls, "run", noting)
+    params = [SamplingParams(max_new_tokens=length, ignore_eos=True) for length in LENGTHS]
+    with BatchGenerator.open(packed_bundle_dir, slots=4, threads=1, **MODES["scheduled"]) as generator:
+        answers = answer_all(generator, params, at_once=4)
+        rounds = generator.statistics.rounds
+    assert sum(map(len, widths)) == sum(answer.statistics.rounds for answer in answers) == rounds
+    assert any(len(set(of_call)) > 1 for of_call in widths), "all lengths were the same"
 
 
 def test_the_engine_is_closed_when_opening_fails(bundle_dir: Path, tmp_path: Path) -> None:

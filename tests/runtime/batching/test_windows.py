@@ -49,7 +49,7 @@ def test_rows_that_no_window_begins_at_are_copied(engine: OnnxRuntimeEngine) -> 
 
     whole = engine.allocate("int64", (4, 3))
     whole.write(np.arange(12).reshape(4, 3))
-    copied, viewed = InputRows(Aligned(engine), whole, 1, 2), InputRows(Aligned(engine), whole, 2, 2)
+    copied, viewed = InputRows(Aligned(engine), whole, 1, (2, 3)), InputRows(Aligned(engine), whole, 2, (2, 3))
     copied.refresh()
     viewed.refresh()
     assert copied.buffer.read().ravel().tolist() == [*range(3, 9)]

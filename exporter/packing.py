@@ -1,4 +1,4 @@
-"""Packed graphs: several sequences of any widths in one call, made of the graphs of an `ort` bundle.
+"""Packed graphs: several sequences of any widths in one call, made of the graphs of the `ort` lowering.
 
 ONNX Runtime's GroupQueryAttention takes one sequence at a time where that is wider than a token. All the rest of a
 graph, nearly all of its work, are rows that do not know whose they are. So in a packed graph attention and cache
@@ -8,13 +8,13 @@ Before::
 
     out, key, value = GroupQueryAttention(q, k, v, past_key, past_value, last, total, …)
 
-After, for sequences s = 0 … S − 1::
+After, for the sequences s = 0 … S − 1 of the graph::
 
-    out_s, key_s, value_s = GroupQueryAttention(q[rows.s], k[rows.s], v[rows.s], past_key.s, past_value.s, …)
-    out = Concat(out_0, …, out_{S−1})[order]
+    out_s, key_s, value_s = GroupQueryAttention(q[rows_s], k[rows_s], v[rows_s], past_key.s, past_value.s, …)
+    out = Concat(out_0, …, out_{S−1})[: rows that exist]
 
-The operator takes no sequence of no tokens. Where a call has fewer sequences than the graph, the others get any row,
-caches that nobody reads, and no place in `order`.
+The operator takes no sequence of no tokens. So where a call has fewer sequences than the graph, the others get any row
+and a small cache that nobody reads; they are the last ones, and what they give is cut off.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from dspark_edge.exporter.tracing import GraphContract, Tensors
 
 __all__ = ["pack_drafter", "pack_target"]
 
-_TOKENS = "tokens"
-
 
 def pack_target(model: ir.Model, contract: GraphContract, sequences: int) -> tuple[ir.Model, GraphContract]:
     """A target whose rows are the tokens of several sequences.
@@ -42,12 +40,12 @@ def pack_target(model: ir.Model, contract: GraphContract, sequences: int) -> tup
         sequences: S, most of them in a call.
 
     Returns:
-        The packed graph and its contract: `input_ids` [1, T]; `cache_lengths` [S]; `logit_rows` [1, N] of the T
-        tokens; `rows.s` [W_s], which of the tokens are those of sequence s; `order` [T], where each token is in the
-        concatenation of all `rows`; each cache of sequence s under its name with `.s` behind it.
+        The packed graph and its contract: `input_ids` [1, T], one sequence's tokens behind the other's; `widths` [S],
+        how many each has, 0 for those behind the last one; `cache_lengths` [S]; `logit_rows` [1, N] of the T tokens;
+        each cache of sequence s under its name with `.s` behind it.
     """
     packer = _Packer(model, contract, sequences, axis=1)
-    packed = _packed_contract(contract, sequences, {"batch": 1, "width": _TOKENS}, _TOKENS)
+    packed = _packed_contract(contract, sequences, TensorSpec("widths", "int64", (sequences,)))
     positions = packer.positions()
     for node in packer.nodes("RotaryEmbedding"):
         node.replace_input_with(3, positions)
@@ -69,48 +67,47 @@ def pack_drafter(
         block_size: γ.
 
     Returns:
-        The packed graph and its contract: all inputs [B, …] as before, B ≤ S; `cache_lengths` [S] of the caches;
-        `rows.s` [1], which of the B is sequence s; `order` [B], which sequence each is; each cache of sequence s under
-        its name with `.s` behind it.
+        The packed graph and its contract: all inputs [B, …] as before, B ≤ S; `cache_lengths` [S]; each cache of
+        sequence s under its name with `.s` behind it.
     """
     packer = _Packer(model, contract, sequences, axis=0, block_size=block_size)
-    packed = _packed_contract(contract, sequences, {}, "batch")
+    packed = _packed_contract(contract, sequences)
     packer.replace("GroupQueryAttention", cached=(3, 4), rows={0: 0, 1: 0, 2: 0}, written=packer.lengths, out=0)
     return packer.finish(packed), packed
 
 
-def _packed_contract(
-    contract: GraphContract, sequences: int, sizes: Mapping[str, int | str], order: str
-) -> GraphContract:
+def _packed_contract(contract: GraphContract, sequences: int, *added: TensorSpec) -> GraphContract:
+    """A graph's contract for several sequences.
+
+    Args:
+        added: inputs that tell tokens of different sequences apart; without, the batch stays what it is.
+    """
     cached = {*contract.aliases, *contract.aliases.values()}
+    sizes: Mapping[str, int | str] = {"batch": 1, "width": "tokens"} if added else {}
 
-    def resized(spec: TensorSpec) -> TensorSpec:
-        return TensorSpec(spec.name, spec.dtype, tuple(sizes.get(str(size), size) for size in spec.shape))
-
-    def plain(specs: Tensors) -> Iterator[TensorSpec]:
+    def shared(specs: Tensors) -> Iterator[TensorSpec]:
         for spec in specs:
             if spec.name == "cache_lengths":
                 yield TensorSpec(spec.name, spec.dtype, (sequences,))
             elif spec.name not in cached:
-                yield resized(spec)
+                yield TensorSpec(spec.name, spec.dtype, tuple(sizes.get(str(size), size) for size in spec.shape))
 
-    def of_sequences(specs: Tensors) -> tuple[TensorSpec, ...]:
+    def of_each(specs: Tensors) -> tuple[TensorSpec, ...]:
         return tuple(
-            TensorSpec(f"{spec.name}.{s}", spec.dtype, (1, *spec.shape[1:]))
+            # Each has a capacity of its own: who is not there needs next to none.
+            TensorSpec(
+                f"{spec.name}.{s}",
+                spec.dtype,
+                (1, *(f"capacity_{s}" if size == "capacity" else size for size in spec.shape[1:])),
+            )
             for s in range(sequences)
             for spec in specs
             if spec.name in cached
         )
 
-    width: Callable[[int], int | str] = (lambda s: 1) if order == "batch" else (lambda s: f"width_{s}")
     return GraphContract(
-        inputs=(
-            *plain(contract.flat_inputs),
-            tuple(TensorSpec(f"rows.{s}", "int64", (width(s),)) for s in range(sequences)),
-            TensorSpec("order", "int64", (order,)),
-            of_sequences(contract.flat_inputs),
-        ),
-        outputs=(*plain(contract.outputs), *of_sequences(contract.outputs)),
+        inputs=(*shared(contract.flat_inputs), *added, of_each(contract.flat_inputs)),
+        outputs=(*shared(contract.outputs), *of_each(contract.outputs)),
         aliases={
             f"{output}.{s}": f"{given}.{s}" for s in range(sequences) for output, given in contract.aliases.items()
         },
@@ -137,13 +134,18 @@ class _Packer:
         self._sequences, self._axis = range(sequences), axis
         self._caches = {value.name: value for value in self._graph.inputs if value.name in contract.aliases.values()}
         self._inputs = {value.name: value for value in self._graph.inputs if value.name not in self._caches}
-        self._rows = [self._new_input(f"rows.{s}") for s in self._sequences]
-        self._order = self._new_input("order")
         self._own: dict[str, ir.Value] = {}  # each sequence's caches, given and updated
-        self._starts = [self._slice("cache_lengths", s) for s in self._sequences]  # [1] each
-        self._widths = [
-            self._constant([block_size]) if block_size is not None else self._op("Shape", [rows]) for rows in self._rows
-        ]
+        self._starts = [self._at("cache_lengths", s) for s in self._sequences]  # [1] each
+        self._measure_batch()
+        first_input = next(iter(self._inputs.values()))
+        self._count = self._op("Shape", [first_input], start=axis, end=axis + 1)  # [1] rows that exist
+        if block_size is None:
+            self._given = [self._at("widths", s) for s in self._sequences]
+            self._rows, self._widths = self._find_rows()
+        else:
+            self._given = self._widths = [self._constant([block_size])] * sequences
+            last = self._op("Sub", [self._count, self._constant([1])])
+            self._rows = [self._op("Min", [self._constant([s]), last]) for s in self._sequences]
         lasts = [
             self._op("Sub", [self._op("Add", pair), self._constant([1])])
             for pair in zip(self._starts, self._widths, strict=True)
@@ -153,7 +155,6 @@ class _Packer:
             self._op("Cast", [self._op("Squeeze", [self._op("Add", pair)])], to=ir.DataType.INT32)
             for pair in zip(self._starts, self._widths, strict=True)
         ]
-        self._measure_batch()
 
     def start(self, s: int) -> ir.Value:
         """[1] int64: what is cached of a sequence."""
@@ -165,13 +166,11 @@ class _Packer:
 
     def positions(self) -> ir.Value:
         """[1, T] int64 of all tokens."""
-        zero, one = self._constant(0), self._constant(1)
         of_each = [
-            self._op("Add", [start, self._op("Range", [zero, self._op("Squeeze", [width]), one])])
-            for start, width in zip(self._starts, self._widths, strict=True)
+            self._op("Add", [start, self._counted(width)])
+            for start, width in zip(self._starts, self._given, strict=True)
         ]
-        joined = self._op("Gather", [self._op("Concat", of_each, axis=0), self._order])
-        return self._op("Unsqueeze", [joined, self._constant([0])])
+        return self._op("Unsqueeze", [self._op("Concat", of_each, axis=0), self._constant([0])])
 
     def nodes(self, op_type: str) -> list[ir.Node]:
         return [node for node in self._graph if node.op_type == op_type]
@@ -199,7 +198,7 @@ class _Packer:
                     self._own[f"{output.name}.{s}"] = values[place]
             if out is not None:
                 joined = self._op("Concat", [values[0] for values in parts], axis=out)
-                result = self._op("Gather", [joined, self._order], axis=out)
+                result = self._op("Slice", [joined, self._constant([0]), self._count, self._constant([out])])
                 result.type = node.outputs[0].type
                 node.outputs[0].replace_all_uses_with(result)
             # The old caches are outputs of the graph until `finish` names the new ones.
@@ -254,11 +253,25 @@ class _Packer:
                     raise RuntimeError(f"{node.inputs[0].name}: a size other than the batch is read off a cache")
                 node.replace_input_with(0, first)
 
-    def _new_input(self, name: str) -> ir.Value:
-        return self._inputs.setdefault(name, ir.val(name))
+    def _find_rows(self) -> tuple[list[ir.Value], list[ir.Value]]:
+        """Of each sequence: which of the rows are its own, and how many; the last row where it has none."""
+        one = self._constant([1])
+        last = self._op("Sub", [self._count, one])
+        begin, rows, widths = self._constant([0]), [], []
+        for given in self._given:
+            width = self._op("Max", [given, one])
+            rows.append(self._op("Min", [self._op("Add", [begin, self._counted(width)]), last]))
+            widths.append(width)
+            begin = self._op("Add", [begin, given])
+        return rows, widths
 
-    def _slice(self, name: str, index: int) -> ir.Value:
-        return self._op("Gather", [self._inputs[name], self._constant([index])])
+    def _counted(self, width: ir.Value) -> ir.Value:
+        """0 … width − 1."""
+        return self._op("Range", [self._constant(0), self._op("Squeeze", [width]), self._constant(1)])
+
+    def _at(self, name: str, index: int) -> ir.Value:
+        """[1]: one number of an input."""
+        return self._op("Gather", [self._inputs.setdefault(name, ir.val(name)), self._constant([index])])
 
     def _constant(self, value: int | list[int]) -> ir.Value:
         name = f"packed.{'scalar' if isinstance(value, int) else 'vector'}.{np.ravel(value)[0]}"
