@@ -66,7 +66,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 @click.option(
     "--weight-block-size",
     type=int,
-    help="int8, int4, w4a16: weights that share a scale.  [default: 32 (w4a16: 64), or what fits]",
+    help="int8, int4, w4a16: weights that share a scale.  [default: 32 in int4, else 64, or what fits]",
 )
 @click.option(
     "--accuracy-level",

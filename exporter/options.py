@@ -28,7 +28,8 @@ PRECISIONS: Mapping[str, str] = {
 }
 """Precision → type of activations and caches, and of all weights that are not quantised."""
 
-_BLOCK_SIZE = 32  # where it fits
+# Weights of a block, the first that fits: larger ones are faster, and cost 8 bits next to nothing.
+_BLOCK_SIZES: Mapping[str, tuple[int, ...]] = {"int8": (64, 32), "int4": (32,)}
 _SIGNED_BLOCK_SIZE = 64  # the same of w4a16
 _VOCABULARY_BITS = (4, 8)  # of int4; rounding embedding and head to 4 costs more than it saves
 _PACKED_SEQUENCES = 2
@@ -50,7 +51,7 @@ class ExportOptions:
     candidates: int = 64  # K, the tokens of a step that drafting samples from
     candidate_pool: int | None = None  # tokens of a position that the Markov bias may lift; None: all
     ngram_block_size: int = 7
-    weight_block_size: int | None = None  # quantized weights that share a scale; None: 32 (w4a16: 64), or what fits
+    weight_block_size: int | None = None  # quantized weights that share a scale; None: 32 in int4, else 64, or what fits
     accuracy_level: int | None = None  # int8 and int4: 4 rounds activations to int8, 1 keeps them; None: 4
     vocabulary_bits: int | None = None  # int4: bits of embedding and head, 4 or 8; None: 8
     # ort: sequences that packed graphs verify in one call, 0 for no such graphs; None: 2 in fp32, 0 elsewhere
@@ -125,7 +126,7 @@ class ExportOptions:
         fitting = [size for size in WEIGHT_BLOCK_SIZES if target.hidden_size % (unit * size) == 0]
         blocks = "an even number of whole blocks" if unit == 2 else "whole blocks"
         demand = f"rows of {target.hidden_size}, the hidden size, have to be {blocks} of {bits} bits"
-        chosen = self._block_size(fitting, [_BLOCK_SIZE, *WEIGHT_BLOCK_SIZES], demand, "fp32")
+        chosen = self._block_size(fitting, [*_BLOCK_SIZES[self.precision], *WEIGHT_BLOCK_SIZES], demand, "fp32")
         return Quantization(chosen, bits, self.accuracy_level or _ACCURACY_LEVEL)
 
     def _signed_block_size(self, target: DecoderConfig, drafter: DrafterConfig | None) -> int:

@@ -359,6 +359,13 @@ def test_block_sizes_fit_the_hidden_size(
         options.resolve_quantization(config)
 
 
+@pytest.mark.parametrize(("hidden_size", "expected"), [(576, 64), (96, 32), (48, 16)])
+def test_eight_bits_have_larger_blocks(hidden_size: int, expected: int, reference_dir: Path) -> None:
+    given = json.loads((reference_dir / "llama_target" / "config.json").read_text())
+    config = dataclasses.replace(read_decoder_config(given, "a test"), hidden_size=hidden_size)
+    assert ExportOptions(precision="int8").resolve_quantization(config) == Quantization(expected, 8, 4)
+
+
 def test_a_block_size_that_does_not_fit_leaves_nothing(reference_dir: Path, tmp_path: Path) -> None:
     options = ExportOptions(precision="int4", weight_block_size=64)
     with pytest.raises(InvalidInputError, match=r"rows of 96, the hidden size, .*; choose one of: 16, 32"):
