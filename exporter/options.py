@@ -51,7 +51,9 @@ class ExportOptions:
     candidates: int = 64  # K, the tokens of a step that drafting samples from
     candidate_pool: int | None = None  # tokens of a position that the Markov bias may lift; None: all
     ngram_block_size: int = 7
-    weight_block_size: int | None = None  # quantized weights that share a scale; None: 32 in int4, else 64, or what fits
+    weight_block_size: int | None = (
+        None  # quantized weights that share a scale; None: 32 in int4, else 64, or what fits
+    )
     accuracy_level: int | None = None  # int8 and int4: 4 rounds activations to int8, 1 keeps them; None: 4
     vocabulary_bits: int | None = None  # int4: bits of embedding and head, 4 or 8; None: 8
     # ort: sequences that packed graphs verify in one call, 0 for no such graphs; None: 2 in fp32, 0 elsewhere

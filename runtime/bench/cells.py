@@ -40,8 +40,8 @@ class Cell:
     accepted_length: float  # τ
     parked_share: float  # of the time of drafts and verifications
     requests: int  # a repeat
-    tokens: int  # a repeat, median
-    mean_concurrency: float  # requests a round, over the repeats: falls at the end, when no others wait
+    tokens: int  # that count, of a repeat; median
+    mean_concurrency: float  # requests a round, over the repeats: fewer at the beginning, while prompts are read
     schedule_us: float  # microseconds of scheduling a round
     prediction_error: float | None  # median of |predicted / observed − 1| of rounds; None: nothing was predicted
     speedup: float | None  # median over the repeats of the ratio to mode plain; None without it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import median
 from types import TracebackType
 from typing import Protocol
@@ -18,6 +19,7 @@ from dspark_edge.runtime.answer import Generation
 from dspark_edge.runtime.batching.batch_generator import BatchGenerator
 from dspark_edge.runtime.batching.opening import assemble
 from dspark_edge.runtime.batching.options import BatchOptions
+from dspark_edge.runtime.batching.ticket import Ticket
 from dspark_edge.runtime.bench.settings import Mode
 from dspark_edge.runtime.calibration import Calibration
 from dspark_edge.runtime.encoding import Prompt, PromptEncoder
@@ -37,7 +39,11 @@ _PREFILL_CHUNK = 64
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Answers to some prompts, and what they took."""
+    """Answers to some prompts, and what they took.
+
+    Several requests at a time are so many until the last answer is there: a mode whose answers end one by one would be
+    judged by how it decodes fewer otherwise. What is asked again for that counts in all numbers but the answers.
+    """
 
     tokens: int  # behind each answer's first, which the prefill gives
     decode_s: float  # without prefill
@@ -113,9 +119,15 @@ class ModelContender:
         return self._mode
 
     def run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Run:
-        before = self._generator.statistics
-        answers = self._answers(prompts, params)
-        return _difference(before, self._generator.statistics, tuple(answer.token_ids for answer in answers))
+        generator = self._generator
+        before = generator.statistics
+        if isinstance(generator, Generator):
+            answers = _one_by_one(generator, prompts, params)
+            after = generator.statistics
+            tokens = after.new_tokens - before.new_tokens - len(answers)
+        else:
+            answers, after, tokens = _together(generator, prompts, params)
+        return _difference(before, after, tokens, tuple(answer.token_ids for answer in answers))
 
     def close(self) -> None:
         """Release its caches. May be called twice."""
@@ -129,18 +141,38 @@ class ModelContender:
     ) -> None:
         self.close()
 
-    def _answers(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Generation]:
-        generator = self._generator
-        if isinstance(generator, Generator):
-            found = []
-            for prompt, asked in zip(prompts, params, strict=True):
-                generator.reset()
-                found.append(generator.generate(prompt, asked))
-            return found
-        tickets = [generator.submit(prompt, asked) for prompt, asked in zip(prompts, params, strict=True)]
-        for _ in generator.run():
-            pass
-        return [ticket.result() for ticket in tickets]
+
+def _one_by_one(generator: Generator, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Generation]:
+    found = []
+    for prompt, asked in zip(prompts, params, strict=True):
+        generator.reset()
+        found.append(generator.generate(prompt, asked))
+    return found
+
+
+def _together(
+    generator: BatchGenerator, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+) -> tuple[list[Generation], EngineStatistics, int]:
+    """Answers; the statistics when the last of them was there; tokens behind first ones until then.
+
+    Where one ends and none waits, a prompt is asked again, and cancelled in the end.
+    """
+    tickets = [generator.submit(prompt, asked) for prompt, asked in zip(prompts, params, strict=True)]
+    again, extra = cycle(zip(prompts, params, strict=True)), list[Ticket]()
+    started: set[int] = set()
+    tokens = 0
+    while not all(ticket.done for ticket in tickets):
+        while generator.active + generator.waiting < generator.options.slots:
+            extra.append(generator.submit(*next(again)))
+        for event in generator.step():
+            started.add(event.request_id)
+            tokens += len(event.token_ids)
+    after = generator.statistics
+    for ticket in extra:
+        ticket.cancel()
+    while not generator.idle:
+        generator.step()
+    return [ticket.result() for ticket in tickets], after, tokens - len(started)
 
 
 def _single(engine: Engine, mode: Mode, costs: Mapping[str, Costs] | None) -> Generator:
@@ -158,12 +190,14 @@ def _many(engine: Engine, mode: Mode, slots: int, costs: Mapping[str, Costs] | N
     return BatchGenerator(parts.executor, PromptEncoder.of(engine.bundle), parts.options, parts.policy)
 
 
-def _difference(before: EngineStatistics, after: EngineStatistics, answers: tuple[tuple[int, ...], ...]) -> Run:
+def _difference(
+    before: EngineStatistics, after: EngineStatistics, tokens: int, answers: tuple[tuple[int, ...], ...]
+) -> Run:
     def of(name: str) -> float:
         return float(getattr(after, name) - getattr(before, name))
 
     return Run(
-        tokens=round(of("new_tokens") - of("requests")),
+        tokens=tokens,
         decode_s=of("decode_s"),
         rounds=round(of("rounds")),
         committed=round(of("committed")),
