@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +70,11 @@ def pick_device(wanted: str | None, local_rank: int = 0) -> torch.device:
 
 @contextmanager
 def open_processes(wanted: str | None) -> Iterator[Processes]:
-    """Join the other processes, if torchrun started this one; leave them in the end."""
+    """Join the other processes, if torchrun started this one; leave them in the end.
+
+    What `wrap` returned has to be out of reach by then. It is part of cycles, so it is collected here: a process that
+    ends while one still holds the group's threads is aborted by C++ ("terminate called without an active exception").
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     device = pick_device(wanted, int(os.environ.get("LOCAL_RANK", "0")))
     if count == 1:
@@ -79,4 +84,5 @@ def open_processes(wanted: str | None) -> Iterator[Processes]:
     try:
         yield Processes(distributed.get_rank(), count, device)
     finally:
+        gc.collect()
         distributed.destroy_process_group()

@@ -101,31 +101,46 @@ def train_drafter(
     resources, listener = resources or Resources(), listener or Listener()
     require_matplotlib(PLOT)
     with open_processes(resources.device) as processes:
-        if processes.first:
-            _prepare_folder(output, overwrite)
-        processes.wait()
-        given = _read(target, responses, counted, drafter, training, resources, listener)
-        split, shape = given.split, given.shape
-        model = TargetModel.load(target, given.longest, processes.device, _target_dtype(processes))
-        with _Stores(model, split, shape.tap_layers, output, resources, listener, processes) as stores:
-            trainer = Trainer(model, shape, split, stores, given.vocabulary, training, output, processes)
-            parameters = sum(parameter.numel() for parameter in trainer.drafter.parameters())
-            listener.say(
-                f"drafter: {parameters / 1e6:.1f} M parameters; {len(split.train)} responses to train on, "
-                f"{len(split.held_out)} held out; on {processes.count} × {processes.device.type}"
-            )
-            outcome = trainer.run(listener.step)
-            if processes.first:
-                final = drafter_config_json(outcome.drafter, given.target_config, training.anchors)
-                copies = model if resources.copies else None
-                save_drafter(output, outcome.drafter, final, _DTYPES[resources.dtype], given.vocabulary, copies)
-                write_text(output / "training.json", _provenance(target, responses, split, drafter, training, outcome))
-                plot_metrics(output / METRICS_NAME, output / "training.png")
-            trainer.finish()
+        # In a function of its own: nothing that talks to other processes is left when it returns.
+        return _train(target, responses, output, drafter, training, resources, listener, overwrite, counted, processes)
+
+
+def _train(
+    target: str | Path,
+    responses: Sequence[Path],
+    output: Path,
+    drafter: DrafterSettings,
+    training: TrainingSettings,
+    resources: Resources,
+    listener: Listener,
+    overwrite: bool,
+    counted: Sequence[Path],
+    processes: Processes,
+) -> Outcome:
+    """`train_drafter` in one of the processes."""
+    if processes.first:
+        _prepare_folder(output, overwrite)
+    processes.wait()
+    given = _read(target, responses, counted, drafter, training, resources, listener)
+    split, shape = given.split, given.shape
+    model = TargetModel.load(target, given.longest, processes.device, _target_dtype(processes))
+    with _Stores(model, split, shape.tap_layers, output, resources, listener, processes) as stores:
+        trainer = Trainer(model, shape, split, stores, given.vocabulary, training, output, processes)
+        parameters = sum(parameter.numel() for parameter in trainer.drafter.parameters())
         listener.say(
-            f"a step took {outcome.median_step_s:.2f} s (median); peak memory {format_bytes(outcome.peak_memory)}"
+            f"drafter: {parameters / 1e6:.1f} M parameters; {len(split.train)} responses to train on, "
+            f"{len(split.held_out)} held out; on {processes.count} × {processes.device.type}"
         )
-        return outcome
+        outcome = trainer.run(listener.step)
+        if processes.first:
+            final = drafter_config_json(outcome.drafter, given.target_config, training.anchors)
+            copies = model if resources.copies else None
+            save_drafter(output, outcome.drafter, final, _DTYPES[resources.dtype], given.vocabulary, copies)
+            write_text(output / "training.json", _provenance(target, responses, split, drafter, training, outcome))
+            plot_metrics(output / METRICS_NAME, output / "training.png")
+        trainer.finish()
+    listener.say(f"a step took {outcome.median_step_s:.2f} s (median); peak memory {format_bytes(outcome.peak_memory)}")
+    return outcome
 
 
 @dataclass(frozen=True, slots=True)
