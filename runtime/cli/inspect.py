@@ -32,6 +32,7 @@ def _verify(bundle: Bundle) -> tuple[str, ...]:
 
 def _facts(manifest: Manifest) -> dict[str, str]:
     target, drafter, limits = manifest.target, manifest.drafter, manifest.limits
+    packed = f", {manifest.packed_sequences} sequences in a packed call" if manifest.packed_sequences else ""
     heads = f"{target.num_attention_heads}/{target.num_key_value_heads} heads of {target.head_dim}"
     if drafter.kind == "ngram":
         described = f"ngram (prompt lookup), block {drafter.block_size}"
@@ -49,7 +50,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "drafter": described,
         "lowering": f"{manifest.lowering}, opsets {dict(manifest.opsets)}",
         "precision": manifest.precision,
-        "limits": f"capacity {limits.capacity} tokens, batch {limits.max_batch}",
+        "limits": f"capacity {limits.capacity} tokens, batch {limits.max_batch}" + packed,
         "made from": f"{manifest.provenance.target} + {manifest.provenance.drafter}, {manifest.provenance.created_at}",
     }
 
