@@ -79,7 +79,8 @@ def choose_grouping(engine: Engine, execution: str, slots: int, drafting: bool) 
         raise InvalidInputError(f"unknown execution {execution!r}; choose one of: {', '.join(EXECUTIONS)}")
     if execution == "auto":
         of_lowering = "serial" if lowering == "ort" else "dense"
-        execution = "packed" if drafting and 1 < slots <= packed else of_lowering
+        # Sequences that are not there cost something, too: where most never are, a call each is as good.
+        execution = "packed" if drafting and 1 < slots <= packed <= 2 * slots else of_lowering
     if execution == "packed":
         if slots > packed:
             graphs = f"its packed graphs take {packed}" if packed else "it has no packed graphs"

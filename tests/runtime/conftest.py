@@ -25,7 +25,7 @@ def bundle_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def packed_bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pair with graphs for 8 packed sequences."""
+    """The same pair with graphs for 4 packed sequences."""
     if not runs_lowering("ort", "dspark"):
         pytest.skip("this ONNX Runtime is too old for the lowering")
     kept, folder = Path(__file__).parents[1] / "data" / "bundles", tmp_path_factory.mktemp("bundles") / "packed"

@@ -53,10 +53,11 @@ def test_draws_of_a_scheduled_batch_follow_the_target(
         path = request.getfixturevalue("packed_bundle_dir")
     with OnnxRuntimeEngine(Bundle.open(path), threads=1) as engine:
         expected = dict(outcomes(TargetProbs(engine), unchanged, LEAST_EXPECTED / RUNS))
-        executor = Unobserved(engine, 8, choose_grouping(engine, execution, 8, drafting=True), True, 64)
+        slots = 4 if execution == "packed" else 8
+        executor = Unobserved(engine, slots, choose_grouping(engine, execution, slots, drafting=True), True, 64)
         costs = PACKED_COSTS if execution == "packed" else COSTS
         policy = GroupScheduling(costs, executor.pricing, executor.block_size, scheduler)
-        options = BatchOptions("scheduled", slots=8, queue=RUNS)
+        options = BatchOptions("scheduled", slots=slots, queue=RUNS)
         generator = BatchGenerator(executor, PromptEncoder.of(engine.bundle), options, policy)
         tickets = [
             generator.submit(PROMPT, SamplingParams(LENGTH, temperature=1.0, seed=seed, ignore_eos=True))

@@ -217,19 +217,19 @@ def test_packed_graphs_are_taken_where_they_serve(
     loaded: list[str] = []
     load = OnnxRuntimeEngine._load
     monkeypatch.setattr(OnnxRuntimeEngine, "_load", lambda engine, role: loaded.append(role) or load(engine, role))
-    for slots, execution in ((1, "auto"), (2, "auto"), (8, "auto"), (9, "auto"), (2, "serial"), (1, "packed")):
+    for slots, execution in ((1, "auto"), (2, "auto"), (4, "auto"), (5, "auto"), (2, "serial"), (1, "packed")):
         loaded.clear()
         with BatchGenerator.open(
             packed_bundle_dir, mode=mode, slots=slots, execution=execution, threads=1
         ) as generator:
             generator.generate(PROMPTS[:2], SamplingParams(max_new_tokens=4))
-        packed = execution == "packed" or (execution == "auto" and mode != "plain" and slots in (2, 8))
+        packed = execution == "packed" or (execution == "auto" and mode != "plain" and slots in (2, 4))
         # One of the two, never both: each has its own copy of the weights in memory.
         suffix = "_packed" if packed else ""
         expected = {f"target{suffix}"} | ({f"drafter{suffix}"} if mode != "plain" else set())
         assert {role for role in loaded if not role.startswith("sampler")} == expected
-    with pytest.raises(InvalidInputError, match="asked for 9 slots, but of this bundle its packed graphs take 8"):
-        BatchGenerator.open(packed_bundle_dir, slots=9, execution="packed", threads=1)
+    with pytest.raises(InvalidInputError, match="asked for 5 slots, but of this bundle its packed graphs take 4"):
+        BatchGenerator.open(packed_bundle_dir, slots=5, execution="packed", threads=1)
     with pytest.raises(InvalidInputError, match=r"has no packed graphs; .* export with --packed-sequences 2"):
         BatchGenerator.open(bundle_dir, slots=1, execution="packed", threads=1)
 
