@@ -328,15 +328,13 @@ class Manifest(Record):
 
     def _check_packed(self, where: str) -> None:
         """Packed graphs come together, and tell for how many sequences they are."""
-        for role, graph in self.graphs.items():
-            if not role.endswith("_packed"):
-                continue
+        found = {role: graph for role, graph in self.graphs.items() if role.endswith("_packed")}
+        for role, graph in found.items():
             counts = [spec.shape for spec in graph.inputs if spec.name == "cache_lengths"]
             if len(counts) != 1 or len(counts[0]) != 1 or not isinstance(counts[0][0], int):
                 raise BundleError(f"{where}.graphs: {role!r} does not say for how many sequences it is")
         wanted = {f"{role}_packed" for role in ("target", "drafter") if role in self.graphs}
-        found = {role for role in self.graphs if role.endswith("_packed")}
-        if found and found != wanted:
+        if found and found.keys() != wanted:
             raise BundleError(f"{where}.graphs: expected all of {', '.join(sorted(wanted))}, or none")
 
     def _check_quantization(self, quantization: Quantization, where: str) -> None:

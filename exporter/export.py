@@ -58,10 +58,14 @@ def _text_files(pair: Pair, tokenizer: str | Path | None) -> dict[str, bytes]:
     return files
 
 
-def _write_files(
-    writer: BundleWriter, pair: Pair, graphs: Mapping[str, Graph], text_files: Mapping[str, bytes], report: Report
-) -> None:
-    """Graphs with their weights, configuration and tokenizer."""
+def _write_graphs(
+    writer: BundleWriter, graphs: Mapping[str, Graph], packed_sequences: int, block_size: int, report: Report
+) -> dict[str, Graph]:
+    """Write graphs with their weights, and the packed ones that are made of them.
+
+    Returns:
+        All that were written.
+    """
     total = sum(bytes_to_write(graph.model, graph.sources) for graph in graphs.values())
     writer.reserve(total)
     written = 0
@@ -75,8 +79,16 @@ def _write_files(
     for role, graph in graphs.items():
         if graph.sources:
             streamer.write(f"{role}.onnx", graph.model, graph.sources)
-        else:
+    # Now the others' weights have their places, to which the packed graphs refer.
+    all_graphs = {**graphs, **pack_graphs(graphs, packed_sequences, block_size)}
+    for role, graph in all_graphs.items():
+        if not graph.sources:
             writer.write_bytes(f"{role}.onnx", ir.to_proto(graph.model).SerializeToString())
+    return all_graphs
+
+
+def _write_texts(writer: BundleWriter, pair: Pair, text_files: Mapping[str, bytes]) -> None:
+    """Configuration and tokenizer."""
     writer.write_bytes("config.json", json.dumps(dict(pair.target.config), indent=2).encode())
     for name, data in text_files.items():
         writer.write_bytes(name, data)
@@ -123,12 +135,9 @@ def export_bundle(
         described = target_facts(pair, text_files)
         report("reading checkpoints", 1, 1)
         writer = stack.enter_context(BundleWriter(Path(output), overwrite))  # refuses a taken output before the work
-        graphs = trace_graphs(pair, options, capacity, report)
-        _write_files(writer, pair, graphs, text_files, report)
-        packed = pack_graphs(graphs, options.resolve_packed(), facts.block_size)
-        for role, graph in packed.items():  # whose weights are where the others' have been written
-            writer.write_bytes(f"{role}.onnx", ir.to_proto(graph.model).SerializeToString())
-        graphs |= packed
+        traced = trace_graphs(pair, options, capacity, report)
+        graphs = _write_graphs(writer, traced, options.resolve_packed(), facts.block_size, report)
+        _write_texts(writer, pair, text_files)
         return writer.finish(
             Manifest(
                 schema_version=SCHEMA_VERSION,

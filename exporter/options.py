@@ -32,7 +32,7 @@ PRECISIONS: Mapping[str, str] = {
 _BLOCK_SIZES: Mapping[str, tuple[int, ...]] = {"int8": (64, 32), "int4": (32,)}
 _SIGNED_BLOCK_SIZE = 64  # the same of w4a16
 _VOCABULARY_BITS = (4, 8)  # of int4; rounding embedding and head to 4 costs more than it saves
-_PACKED_SEQUENCES = 2
+_PACKED_SEQUENCES = 2  # where reading weights leaves a processor time for them
 _ACCURACY_LEVEL = 4  # the kernels that a CPU is fast with
 
 
@@ -51,9 +51,7 @@ class ExportOptions:
     candidates: int = 64  # K, the tokens of a step that drafting samples from
     candidate_pool: int | None = None  # tokens of a position that the Markov bias may lift; None: all
     ngram_block_size: int = 7
-    weight_block_size: int | None = (
-        None  # quantized weights that share a scale; None: 32 in int4, else 64, or what fits
-    )
+    weight_block_size: int | None = None  # weights that share a scale; None: 32 in int4, else 64, or what fits
     accuracy_level: int | None = None  # int8 and int4: 4 rounds activations to int8, 1 keeps them; None: 4
     vocabulary_bits: int | None = None  # int4: bits of embedding and head, 4 or 8; None: 8
     # ort: sequences that packed graphs verify in one call, 0 for no such graphs; None: 2 in fp32, 0 elsewhere

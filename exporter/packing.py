@@ -26,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dspark_edge.engines.manifest import TensorSpec
-from dspark_edge.exporter.tracing import GraphContract, Tensors
+from dspark_edge.exporter.tracing import TORCH_DTYPES, GraphContract, Tensors
 
 __all__ = ["pack_drafter", "pack_target"]
 
@@ -131,13 +131,13 @@ class _Packer:
         self._model = model.clone()
         self._graph = self._model.graph
         self._tape = ir.tape.Tape(self._graph)
-        self._sequences, self._axis = range(sequences), axis
+        self._sequences = range(sequences)
         self._caches = {value.name: value for value in self._graph.inputs if value.name in contract.aliases.values()}
         self._inputs = {value.name: value for value in self._graph.inputs if value.name not in self._caches}
         self._own: dict[str, ir.Value] = {}  # each sequence's caches, given and updated
         self._starts = [self._at("cache_lengths", s) for s in self._sequences]  # [1] each
-        self._measure_batch()
         first_input = next(iter(self._inputs.values()))
+        self._measure_batch(first_input)
         self._count = self._op("Shape", [first_input], start=axis, end=axis + 1)  # [1] rows that exist
         if block_size is None:
             self._given = [self._at("widths", s) for s in self._sequences]
@@ -146,15 +146,10 @@ class _Packer:
             self._given = self._widths = [self._constant([block_size])] * sequences
             last = self._op("Sub", [self._count, self._constant([1])])
             self._rows = [self._op("Min", [self._constant([s]), last]) for s in self._sequences]
-        lasts = [
-            self._op("Sub", [self._op("Add", pair), self._constant([1])])
-            for pair in zip(self._starts, self._widths, strict=True)
-        ]
+        ends = [self._op("Add", pair) for pair in zip(self._starts, self._widths, strict=True)]
+        lasts = [self._op("Sub", [end, self._constant([1])]) for end in ends]
         self._lasts = [self._op("Cast", [last], to=ir.DataType.INT32) for last in lasts]
-        self._totals = [
-            self._op("Cast", [self._op("Squeeze", [self._op("Add", pair)])], to=ir.DataType.INT32)
-            for pair in zip(self._starts, self._widths, strict=True)
-        ]
+        self._totals = [self._op("Cast", [self._op("Squeeze", [end])], to=ir.DataType.INT32) for end in ends]
 
     def start(self, s: int) -> ir.Value:
         """[1] int64: what is cached of a sequence."""
@@ -211,7 +206,7 @@ class _Packer:
         for spec in (*contract.flat_inputs, *contract.outputs):
             value = known[spec.name]
             value.name, value.shape = spec.name, ir.Shape(list(spec.shape))
-            value.type = ir.TensorType(_DTYPES[spec.dtype])
+            value.type = ir.TensorType(ir.tensor_adapters.from_torch_dtype(TORCH_DTYPES[spec.dtype]))
         self._graph.inputs[:] = [known[spec.name] for spec in contract.flat_inputs]
         self._graph.outputs[:] = [known[spec.name] for spec in contract.outputs]
         delivered = {*self._graph.outputs}
@@ -244,9 +239,8 @@ class _Packer:
             node.op_type, inputs, node.attributes, num_outputs=len(node.outputs), domain=node.domain
         )
 
-    def _measure_batch(self) -> None:
+    def _measure_batch(self, first: ir.Value) -> None:
         """Where the size of a batch is read off a cache, read it off the first input."""
-        first = next(iter(self._inputs.values()))
         for node in self.nodes("Shape"):
             if node.inputs[0] is not None and node.inputs[0].name in self._caches:
                 if (node.attributes.get_int("start", 0), node.attributes.get_int("end", -1)) != (0, 1):
@@ -280,11 +274,3 @@ class _Packer:
 
     def _op(self, op_type: str, inputs: Sequence[ir.Value | None], **attributes: int) -> ir.Value:
         return self._tape.op(op_type, inputs, attributes)
-
-
-_DTYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "int64": ir.DataType.INT64,
-}

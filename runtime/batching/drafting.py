@@ -68,14 +68,15 @@ class GraphDrafter:
         manifest = engine.bundle.manifest
         facts = manifest.drafter
         self._engine, self._caches, self._together = engine, caches, together
-        self._graph = manifest.graphs["drafter"]
+        self._role = "drafter_packed" if packed else "drafter"
+        graph = manifest.graphs["drafter"]  # whose buffers a packed one has, too, for as many as are there
         self._limit, self._block_size = manifest.limits.capacity, facts.block_size
         self._num_candidates = facts.candidates
         self._calibration, self._uncalibrated = calibration, Scaling.identity(facts.block_size)
         self._buffers: dict[str, Buffer] = {}
-        for spec in (*self._graph.inputs, *self._graph.outputs):
+        for spec in (*graph.inputs, *graph.outputs):
             # base_logits are for inspection; what is not bound is not delivered
-            if not caches.holds(spec.name) and spec.name not in self._graph.aliases and spec.name != "base_logits":
+            if not caches.holds(spec.name) and spec.name not in graph.aliases and spec.name != "base_logits":
                 self._buffers[spec.name] = engine.allocate(spec.dtype, sized(spec, {"batch": slots}))
         self._candidates = Candidates(
             *(self._buffers[name] for name in ("draft_ids", "candidate_ids", "candidate_probs"))
@@ -168,12 +169,10 @@ class GraphDrafter:
 
     def _bind(self, first: int, count: int) -> Call:
         buffers = {name: row_window(self._engine, buffer, first, count) for name, buffer in self._buffers.items()}
-        if self._packed_lengths is None:
-            call = self._engine.bind("drafter", {**buffers, **self._caches.rows(self._graph, first, count)})
-        else:
-            packed = self._engine.bundle.manifest.graphs["drafter_packed"]
+        if self._packed_lengths is not None:
             buffers["cache_lengths"] = self._packed_lengths
-            call = self._engine.bind("drafter_packed", {**buffers, **self._caches.packed_rows(packed, first, count)})
+        graph = self._engine.bundle.manifest.graphs[self._role]
+        call = self._engine.bind(self._role, {**buffers, **self._caches.rows(graph, first, count)})
         self._calls_now()[first, count] = call
         return call
 

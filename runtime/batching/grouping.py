@@ -20,6 +20,7 @@ from typing import Protocol
 
 from dspark_edge.runtime.batching.pricing import SerialDrafts, Shared
 from dspark_edge.runtime.scheduling import Costs, Dense, FixedWidth, Packed, Pricing
+from dspark_edge.runtime.scheduling.pricing import mean_context
 
 __all__ = ["DenseGrouping", "Grouping", "PackedGrouping", "SerialGrouping", "SingleGrouping", "TargetCall", "runs"]
 
@@ -135,7 +136,7 @@ class PackedGrouping:
         return Packed(costs)
 
     def bucket(self, call: TargetCall, contexts: Sequence[int]) -> Bucket:
-        return 1, sum(call.widths), round(sum(contexts) / len(contexts))
+        return 1, sum(call.widths), mean_context(contexts)
 
 
 @dataclass(frozen=True, slots=True)

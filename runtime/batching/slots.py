@@ -60,21 +60,18 @@ class SlotCaches:
         return name in self._caches.buffers
 
     def rows(self, graph: GraphSpec, first: int, count: int) -> dict[str, Buffer]:
-        """The windows on `count` rows that a graph takes as its caches."""
-        return {name: self._window(name, first, count) for name in self._caches.of(graph)}
+        """The windows on `count` rows that a graph takes as its caches.
 
-    def packed_rows(self, graph: GraphSpec, first: int, count: int) -> dict[str, Buffer]:
-        """What a packed graph takes as the caches of its sequences.
-
-        Those that are there have the `count` rows from `first` on, and the others a short one that nobody reads.
+        A packed graph takes them one by one; its sequences that are not there get a short row that nobody reads.
         """
         taken = {}
         for spec in graph.inputs:
             name, _, place = spec.name.rpartition(".")
-            if self.holds(name):
-                index = int(place)
-                there = index < count
-                taken[spec.name] = self._window(name, first + index, 1) if there else self._unread_row(spec)
+            if self.holds(spec.name):
+                taken[spec.name] = self._window(spec.name, first, count)
+            elif self.holds(name):
+                there = int(place) < count
+                taken[spec.name] = self._window(name, first + int(place), 1) if there else self._unread_row(spec)
         return taken
 
     def exchange(self, one: int, other: int, lengths: tuple[int, int]) -> None:

@@ -75,15 +75,18 @@ class TargetCalls:
             token_ids: [B][W] of each sequence; as many of all but in packed calls.
             starts: [B] valid cache slots of each.
         """
-        self._bound(first, token_ids, starts, rows=sum(map(len, token_ids))).call.run()
+        self._bound(first, token_ids, starts).call.run()
 
-    def _bound(self, first: int, token_ids: Sequence[Sequence[int]], starts: Sequence[int], rows: int) -> _Bound:
-        """The call for these tokens, which are in its inputs."""
+    def _bound(
+        self, first: int, token_ids: Sequence[Sequence[int]], starts: Sequence[int], rows: int | None = None
+    ) -> _Bound:
+        """The call for these tokens, which are in its inputs; with logits of so many rows, or of all."""
         self._caches.ensure(max(start + len(ids) for start, ids in zip(starts, token_ids, strict=True)))
         if self._version != self._caches.version:
             self._calls.clear()
             self._version = self._caches.version
-        key = (first, len(token_ids), sum(map(len, token_ids)), rows)
+        tokens = sum(map(len, token_ids))
+        key = (first, len(token_ids), tokens, tokens if rows is None else rows)
         bound = self._calls.get(key) or self._bind(key)
         self._write(bound.inputs, token_ids, starts)
         return bound
@@ -93,7 +96,7 @@ class TargetCalls:
         self.bindings += 1
         inputs = self._inputs(count, tokens, rows)
         logits = self._engine.window(self._logits, (*inputs["logit_rows"].shape, self._logits.shape[1]))
-        caches = self._cache_rows(first, count)
+        caches = self._caches.rows(self._graph, first, count)
         bound = _Bound(self._engine.bind(self._role, {**inputs, "logits": logits, **caches}), inputs)
         width = tokens // count
         # A prompt's last chunk has any width: it is not kept.
@@ -112,9 +115,6 @@ class TargetCalls:
         inputs["logit_rows"].write(np.arange(width - kept, width))
         return inputs
 
-    def _cache_rows(self, first: int, count: int) -> dict[str, Buffer]:
-        return self._caches.rows(self._graph, first, count)
-
     def _write(self, inputs: dict[str, Buffer], token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
         inputs["input_ids"].write(token_ids)
         inputs["cache_lengths"].write(starts)
@@ -129,18 +129,9 @@ class PackedTargetCalls(TargetCalls):
     _role = "target_packed"
 
     def _inputs(self, count: int, tokens: int, rows: int) -> dict[str, Buffer]:
-        allocate, sequences = self._engine.allocate, self._engine.bundle.manifest.packed_sequences
-        inputs = {
-            "input_ids": allocate("int64", (1, tokens)),
-            "cache_lengths": allocate("int64", (sequences,)),
-            "logit_rows": allocate("int64", (1, rows)),
-            "widths": allocate("int64", (sequences,)),
-        }
-        inputs["logit_rows"].write(np.arange(tokens - rows, tokens))
-        return inputs
-
-    def _cache_rows(self, first: int, count: int) -> dict[str, Buffer]:
-        return self._caches.packed_rows(self._graph, first, count)
+        sequences = self._engine.bundle.manifest.packed_sequences
+        of_each = {name: self._engine.allocate("int64", (sequences,)) for name in ("cache_lengths", "widths")}
+        return {**super()._inputs(1, tokens, rows), **of_each}
 
     def _write(self, inputs: dict[str, Buffer], token_ids: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
         # Of sequences that are not there both are 0: nothing of theirs passes the end of the short cache they have.

@@ -40,7 +40,7 @@ class Cell:
     accepted_length: float  # τ
     parked_share: float  # of the time of drafts and verifications
     requests: int  # a repeat
-    tokens: int  # that count, of a repeat; median
+    tokens: int  # behind first ones, of a repeat; median
     mean_concurrency: float  # requests a round, over the repeats: fewer at the beginning, while prompts are read
     schedule_us: float  # microseconds of scheduling a round
     prediction_error: float | None  # median of |predicted / observed − 1| of rounds; None: nothing was predicted

@@ -114,13 +114,14 @@ def render_picture(profile: Profile) -> bytes:
 
 def _draw_widths(row: Sequence[Axes], profile: Profile, batch: int, of_batch: str) -> None:
     widths, contexts = _axes_of(profile, batch)
+    block = profile.points["drafter"][0].width
+    drafted = range(2, min(widths[-1], block + 1) + 1)  # beyond, calls are several sequences'
     for context in contexts:
         label = f"{context} cached tokens"
         curve = [1e3 * profile.target_s(batch, width, context) for width in range(1, widths[-1] + 1)]
         (line,) = row[0].plot(range(1, widths[-1] + 1), curve, label=label)
         _draw_points(row[0], profile, batch, context, line.get_color())
         plain, draft = _plain_s(profile, batch, context), profile.draft_s(batch, context)
-        drafted = range(2, min(widths[-1], _block_size(profile) + 1) + 1)  # beyond, calls are several sequences'
         rounds = [
             (draft + profile.target_s(batch, width, context) + profile.sampler_s(batch, width)) / plain
             for width in drafted
@@ -129,10 +130,6 @@ def _draw_widths(row: Sequence[Axes], profile: Profile, batch: int, of_batch: st
     _label(row[0], f"Target{of_batch}", _WIDTH, "ms a call")
     _label(row[1], f"Round with a draft{of_batch}", _WIDTH, "plain steps it takes the time of")
     row[1].axhline(1.0, color="grey", linewidth=1)
-
-
-def _block_size(profile: Profile) -> int:
-    return profile.points["drafter"][0].width
 
 
 def _draw_batches(row: Sequence[Axes], profile: Profile, batches: Sequence[int]) -> None:

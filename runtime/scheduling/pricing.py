@@ -24,7 +24,7 @@ from typing import Protocol
 from dspark_edge.runtime.scheduling.costs import Costs, verification_row
 from dspark_edge.runtime.scheduling.ladder import Ladder, Proposal
 
-__all__ = ["Dense", "FixedWidth", "Packed", "Pricing", "Serial"]
+__all__ = ["Dense", "FixedWidth", "Packed", "Pricing", "Serial", "mean_context"]
 
 
 class Pricing(Protocol):
@@ -92,10 +92,10 @@ class Packed:
     costs: Costs
 
     def verify_s(self, lengths: Sequence[int], contexts: Sequence[int]) -> float:
-        return _call_s(self.costs, 1, len(lengths) + sum(lengths), _mean(contexts))
+        return _call_s(self.costs, 1, len(lengths) + sum(lengths), mean_context(contexts))
 
     def plain_call(self, contexts: Sequence[int]) -> tuple[int, int, int]:
-        return 1, len(contexts), _mean(contexts)
+        return 1, len(contexts), mean_context(contexts)
 
     def ladders(self, proposals: Sequence[Proposal]) -> tuple[Ladder, ...]:
         """One; a rung is one token, by descending live survival, equal ones by request and position.
@@ -106,7 +106,7 @@ class Packed:
         pairs = [(-value, index) for index, one in enumerate(proposals) for value in one.survivals]
         pairs.sort()  # equal survivals of one request are interchangeable: only their number matters
         expected = sorted((value for one in proposals for value in one.expected), reverse=True)
-        batch, context = len(proposals), _mean([one.context for one in proposals])
+        batch, context = len(proposals), mean_context([one.context for one in proposals])
         return (
             Ladder(
                 extends=tuple((index,) for _, index in pairs),
@@ -147,7 +147,8 @@ def _call_s(costs: Costs, batch: int, width: int, context: int) -> float:
     return costs.target_s(batch, width, context) + costs.sampler_s(batch, width)
 
 
-def _mean(contexts: Sequence[int]) -> int:
+def mean_context(contexts: Sequence[int]) -> int:
+    """Cached tokens of a sequence in the mean: what a packed call is priced at."""
     return round(sum(contexts) / len(contexts))
 
 
