@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from dspark_edge.engines.errors import BundleError
 
-__all__ = ["replace_file", "write_problem"]
+__all__ = ["replace_file", "replacing", "write_problem"]
 
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space and start again",
@@ -28,11 +30,22 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
     Raises:
         BundleError: it cannot be written; what was there before still is.
     """
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to piece by piece, which takes its place when the block ends without an error.
+
+    Raises:
+        BundleError: it cannot be written; what was there before still is.
+    """
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         try:
             with open(temporary, "xb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

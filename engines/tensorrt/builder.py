@@ -7,13 +7,12 @@ look valid, and the timing cache keeps what was measured until then.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.engine import sized
@@ -21,10 +20,12 @@ from dspark_edge.engines.errors import BundleError, EngineError, InvalidInputErr
 from dspark_edge.engines.machine import installed_version, probe_memory, probe_nvidia_driver
 from dspark_edge.engines.manifest import ONNX_RUNTIME_PRECISIONS, Manifest
 from dspark_edge.engines.profile import graphs_digest
-from dspark_edge.engines.replace_file import replace_file, write_problem
+from dspark_edge.engines.replace_file import replace_file, replacing, write_problem
+from dspark_edge.engines.tensorrt.build_monitor import make_monitor
 from dspark_edge.engines.tensorrt.flavour import Flavour
 from dspark_edge.engines.tensorrt.logs import make_log
 from dspark_edge.engines.tensorrt.network import GraphNetwork, parse_graph
+from dspark_edge.engines.tensorrt.plan_stream import serialize_network
 from dspark_edge.engines.tensorrt.profiles import BuildSizes, profiles_of
 from dspark_edge.engines.tensorrt.records import (
     RECORD_NAME,
@@ -43,9 +44,9 @@ _TIMING_CACHE = "timing.cache"
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _NO_KERNEL = "dedicated kernel"  # what TensorRT says of attention that it can only build of single operators
 _HALF = ("fp16", "bf16", "w4a16")  # activations are
-# Of the largest graph's weights, at the peak: the mapped file, what the builder makes of it, its engine and that
-# serialized. Measured with TensorRT for RTX 1.7, in one packing; where `decode` has its own there are two.
-_HOST_COPIES = 5
+# Of the largest graph's weights, at the peak: the mapped file, what the builder makes of it, and its engine. Measured
+# with TensorRT for RTX 1.7, in one packing; where `decode` has its own there are two.
+_HOST_COPIES = 4
 _HOST_COPIES_PACKED_TWICE = 8
 _HOST_BASE = 200 << 20  # TensorRT's own libraries and kernels
 
@@ -195,19 +196,20 @@ class _Builder:
         profiles = profiles_of(role, self._manifest, self._options.sizes, compiles_late=self._flavour.compiles_late)
         # There are kernels for whole attention in half precision only, and not for every head size.
         decomposed = self._manifest.precision not in _HALF and network.decompose_attention() > 0
-        plan = self._plan(network, profiles)
-        if plan is None and not decomposed and _NO_KERNEL in self._log.text() and network.decompose_attention():
-            decomposed, plan = True, self._plan(network, profiles)
-        if plan is None:
-            raise EngineError(self._failure(role))
-        data = memoryview(plan)
         name = f"{role}.engine"
-        replace_file(self._folder / name, data)
+        with replacing(self._folder / name) as file:
+            written = self._serialize(network, profiles, file)
+            if written is None and not decomposed and _NO_KERNEL in self._log.text() and network.decompose_attention():
+                decomposed = True
+                file.truncate(file.seek(0))
+                written = self._serialize(network, profiles, file)
+            if written is None:
+                raise EngineError(self._failure(role))
         self._report(role, 1.0)
-        return EngineFile(name, data.nbytes, hashlib.sha256(data).hexdigest(), profiles, decomposed)
+        return EngineFile(name, *written, profiles, decomposed)
 
-    def _plan(self, network: GraphNetwork, profiles: tuple[Any, ...]) -> Any:
-        """The serialized engine; None where TensorRT fails."""
+    def _serialize(self, network: GraphNetwork, profiles: tuple[Any, ...], file: BinaryIO) -> tuple[int, str] | None:
+        """Write the engine: its size and hash, or None where TensorRT fails."""
         trt, builder = self._flavour.trt, network.builder
         config = builder.create_builder_config()
         for profile in profiles:
@@ -225,15 +227,15 @@ class _Builder:
         if self._flavour.times_tactics:
             cache = config.create_timing_cache(self._cached_timings())
             config.set_timing_cache(cache, True)  # another device's are left out, not refused
-        monitor = _make_monitor(trt, lambda share: self._report(network.role, share))
+        monitor = make_monitor(trt, lambda share: self._report(network.role, share))
         config.progress_monitor = monitor
         self._log.clear()
-        plan = builder.build_serialized_network(network.network, config)
+        written = serialize_network(trt, builder, network.network, config, file)
         if cache is not None:  # what was timed before a failure or Ctrl-C need not be timed again
             replace_file(self._timing_cache, bytes(cache.serialize()))
         if monitor.error is not None:  # of ours, from inside of TensorRT: Ctrl-C for instance
             raise monitor.error
-        return plan
+        return written
 
     def _cached_timings(self) -> bytes:
         try:
@@ -253,40 +255,3 @@ class _Builder:
             else ""
         )
         return f"{role}: {self._flavour.backend} {self._flavour.version} cannot build it: {text}{advice}"
-
-
-def _make_monitor(trt: Any, report: Callable[[float], None]) -> Any:
-    """Follows the builder's phases. They nest; the share that is done is the outermost one's, with its child's."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.error: BaseException | None = None
-            self._phases: dict[str, list[int]] = {}  # name → steps done, and in all; outer ones first
-            self._most = 0.0
-
-        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            self._phases[name] = [0, steps]
-
-        def step_complete(self, name: str, step: int) -> bool:
-            self._phases.setdefault(name, [0, 1])[0] = step + 1
-            return self._tell()
-
-        def phase_finish(self, name: str) -> None:
-            self._phases.pop(name, None)
-            self._tell()
-
-        def _tell(self) -> bool:
-            """Whether to go on. An exception must not pass through TensorRT's frames: it is kept for the caller."""
-            try:
-                share, scale = 0.0, 1.0
-                for done, steps in [*self._phases.values()][:3]:
-                    scale /= max(steps, 1)
-                    share += done * scale
-                self._most = max(self._most, min(share, 1.0))
-                report(self._most)
-            except BaseException as error:
-                self.error = error
-            return self.error is None
-
-    return Monitor()

@@ -1,6 +1,6 @@
 """Which answers a part of the training takes, from all that there are.
 
-python pick.py second|third|fourth|fifth|confidence picked.jsonl responses.jsonl … [--unseen PICKED.jsonl]
+python pick.py second|third|fourth|fifth|sixth|again|confidence picked.jsonl responses.jsonl … [--unseen PICKED.jsonl]
 
 A file is known by what stands before `-responses`, the one without by `first`. What the part before left weak weighs
 most: in the second part functions to be completed and conversation, answered greedily; in those after it conversations
@@ -98,6 +98,32 @@ PARTS = {
             ("function", "code", 0.0): 15e3,
             ("boxed", "math", 0.0): 25e3,
             ("first", "math", 0.0): 5e3,
+        },
+        longest=600,
+        usually_long=600,
+    ),
+    "sixth": Part(  # with --unseen of all parts before
+        {
+            ("more", "math", 0.0): 200e3,
+            ("more", "math", 1.0): 50e3,
+            ("more", "code", 1.0): 100e3,
+            ("more", "code", 0.0): 20e3,
+            ("more", "chat", 1.0): 60e3,
+            ("more", "chat", 0.0): 60e3,
+        },
+        longest=600,
+        usually_long=380,
+    ),
+    "again": Part(  # beside the sixth, which has no conversation of two turns
+        {
+            ("lengthy", "chat", 0.0): 60e3,
+            ("subject", "chat", 0.0): 35e3,
+            ("conversation", "chat", 0.0): 35e3,
+            ("lengthy", "synthesised", 0.0): 15e3,
+            ("library", "code", 0.0): 35e3,
+            ("routine", "code", 0.0): 15e3,
+            ("function", "code", 0.0): 10e3,
+            ("boxed", "math", 0.0): 15e3,
         },
         longest=600,
         usually_long=600,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dspark_edge.engines.errors import BundleError
-from dspark_edge.engines.replace_file import replace_file, write_problem
+from dspark_edge.engines.replace_file import replace_file, replacing, write_problem
 
 
 def test_the_new_content_takes_the_place_of_the_old(tmp_path: Path) -> None:
@@ -34,6 +34,19 @@ def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path: Path, monke
     with pytest.raises(BundleError, match=r"cannot write .*calibration.json: the disk is full; free some space"):
         replace_file(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["calibration.json"]
+
+
+def test_what_is_written_in_pieces_appears_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "target.engine"
+    path.write_bytes(b"old")
+    with replacing(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    with pytest.raises(KeyboardInterrupt), replacing(path) as file:
+        file.write(b"newer")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["target.engine"]
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

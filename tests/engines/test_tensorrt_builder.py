@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ pytest.importorskip("tensorrt_rtx", reason="building engines needs the [tensorrt
 from click.testing import CliRunner
 
 from dspark_edge.engines.bundle import Bundle
-from dspark_edge.engines.errors import EngineError, InvalidInputError
+from dspark_edge.engines.errors import BundleError, EngineError, InvalidInputError
+from dspark_edge.engines.replace_file import replacing
 from dspark_edge.engines.tensorrt import builder
 from dspark_edge.engines.tensorrt.builder import BuildOptions, build_engines
 from dspark_edge.engines.tensorrt.flavour import Flavour, load_flavour
@@ -174,3 +178,31 @@ def test_the_command(decomposed: Bundle) -> None:
     assert record.sizes == BuildSizes(1, 4, (1, 2))
     assert isinstance(run("--widths", "1,x").exception, InvalidInputError)
     assert isinstance(run("--workspace", "0").exception, InvalidInputError)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [(OSError(errno.ENOSPC, "No space left on device"), BundleError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_an_engine_that_cannot_be_written_leaves_nothing(
+    decomposed: Bundle,
+    flavour: Flavour,
+    raised: BaseException,
+    expected: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The error passes through TensorRT, which calls the writer."""
+
+    class Broken(io.RawIOBase):
+        def write(self, data: Any) -> int:
+            raise raised
+
+    @contextmanager
+    def replacing_by_broken(path: Path) -> Iterator[Any]:
+        with replacing(path):
+            yield Broken()
+
+    monkeypatch.setattr(builder, "replacing", replacing_by_broken)
+    with pytest.raises(expected):
+        build_engines(decomposed, flavour, BuildOptions(SIZES))
+    assert not [*(decomposed.path / "devices" / "tensorrt-rtx-any").iterdir()]
