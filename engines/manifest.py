@@ -49,6 +49,7 @@ __all__ = [
     "Precision",
     "Provenance",
     "Quantization",
+    "SharedWeight",
     "TargetFacts",
     "TensorSpec",
     "check_path",
@@ -242,6 +243,16 @@ class FileRecord(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class SharedWeight(Record):
+    """A matrix that several graphs have: the embedding or the head, which a drafter takes from its target."""
+
+    file: BundlePath  # where it lies
+    offset: Count  # bytes
+    size: Positive  # bytes
+    initializers: Mapping[str, tuple[Annotated[str, non_empty], ...]]  # role → its names in that graph
+
+
+@dataclass(frozen=True, slots=True)
 class Provenance(Record):
     """Where the bundle comes from."""
 
@@ -266,6 +277,7 @@ class Manifest(Record):
     files: tuple[FileRecord, ...]
     provenance: Provenance
     quantization: Quantization | None = None  # of the quantized precisions
+    shared_weights: tuple[SharedWeight, ...] = ()  # of target and drafter
 
     @property
     def packed_sequences(self) -> int:
@@ -315,6 +327,8 @@ class Manifest(Record):
             raise BundleError(f"{where}.opsets is empty; expected at least ONNX's own domain, ''")
         if len({record.path for record in self.files}) < len(self.files):
             raise BundleError(f"{where}.files records a path twice")
+        for index, weight in enumerate(self.shared_weights):
+            self._check_shared(weight, f"{where}.shared_weights[{index}]")
         if self.quantization is not None:
             self._check_quantization(self.quantization, f"{where}.quantization")
         drafted, vocab_size = self.drafter.draft_vocab_size, self.target.vocab_size
@@ -336,6 +350,16 @@ class Manifest(Record):
         wanted = {f"{role}_packed" for role in ("target", "drafter") if role in self.graphs}
         if found and found.keys() != wanted:
             raise BundleError(f"{where}.graphs: expected all of {', '.join(sorted(wanted))}, or none")
+
+    def _check_shared(self, weight: SharedWeight, where: str) -> None:
+        """A shared weight lies within its file, and belongs to graphs that there are."""
+        end = weight.offset + weight.size
+        for record in self.files:
+            if record.path == weight.file and record.size < end:
+                raise BundleError(f"{where} ends at byte {end} of {weight.file!r}, which has {record.size}")
+        for role in weight.initializers:
+            if role not in self.graphs:
+                raise BundleError(f"{where}.initializers: there is no graph {role!r}")
 
     def _check_quantization(self, quantization: Quantization, where: str) -> None:
         if self.precision not in QUANTIZED_PRECISIONS:

@@ -18,7 +18,7 @@ from dspark_edge.exporter.facts import drafter_facts, provenance, target_facts
 from dspark_edge.exporter.graphs import Graph, Report, pack_graphs, trace_graphs
 from dspark_edge.exporter.options import PRECISIONS, ExportOptions
 from dspark_edge.exporter.pair import NGRAM, Pair, check_weights, open_pair
-from dspark_edge.exporter.streaming import WeightStreamer, bytes_to_write
+from dspark_edge.exporter.streaming import WeightStreamer, bytes_to_write, shared_weights
 from dspark_edge.exporter.tracing import TORCH_DTYPES, graph_opsets
 
 __all__ = ["NGRAM", "PRECISIONS", "ExportOptions", "export_bundle"]
@@ -151,5 +151,8 @@ def export_bundle(
                 files=(),
                 provenance=provenance(target, drafter),
                 quantization=quantization,
+                shared_weights=shared_weights(
+                    {role: graphs[role].model for role in ("target", "drafter") if role in graphs}, described.vocab_size
+                ),
             )
         )

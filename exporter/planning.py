@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dspark_edge.engines.errors import CheckpointError, InvalidInputError
+from dspark_edge.engines.manifest import ONNX_RUNTIME_PRECISIONS
 from dspark_edge.exporter.checkpoint import open_checkpoint
 from dspark_edge.exporter.configuration import (
     DecoderConfig,
@@ -87,7 +88,8 @@ class PairShape:
     drafter: DrafterConfig | None
     target_weights: int  # without embedding and head, with the projection of the drafter's context
     drafter_weights: int  # without embedding and head, with the sequential head
-    vocabulary_weights: int  # embeddings and heads, as the graphs hold them
+    vocabulary_weights: int  # the target's embedding and head, and a head's rows that the drafter has for itself
+    repeated_weights: int  # what the drafter's graph has of the target's embedding and head
 
     @property
     def read_vocabulary_weights(self) -> int:
@@ -166,13 +168,14 @@ def read_pair_shape(target: str | Path, drafter: str | Path | None) -> PairShape
         own = _weights(module)
         vocabulary = config.vocab_size * config.hidden_size
         copies = 1 if config.tie_word_embeddings else 2
-        drafting, shared = 0, 0
+        drafting, own_head, repeated = 0, 0, 0
         if drafted is not None:
             draft_module = Drafter(drafted, 1, 1, None, torch.float32)
-            # Its graph has the embedding, and the head's rows of the tokens that it drafts.
-            shared = (config.vocab_size + drafted.head_size) * config.hidden_size
-            drafting = _weights(draft_module) - shared
-    return PairShape(config, drafted, own - copies * vocabulary, drafting, copies * vocabulary + shared)
+            # Its graph has the target's embedding, and the head or its rows of the tokens that are drafted.
+            head = drafted.head_size * config.hidden_size
+            drafting = _weights(draft_module) - vocabulary - head
+            own_head, repeated = (0, vocabulary + head) if head == vocabulary else (head, vocabulary)
+    return PairShape(config, drafted, own - copies * vocabulary, drafting, copies * vocabulary + own_head, repeated)
 
 
 def plan_device(
@@ -221,9 +224,13 @@ def _weights(module: nn.Module) -> int:
 def _footprint(pair: PairShape, precision: str) -> Footprint:
     matrix, vocabulary = _WEIGHT_BYTES[precision]
     stacks = [pair.target, *([pair.drafter.backbone] if pair.drafter else [])]
+    # TensorRT's engines read one copy of these; ONNX Runtime's sessions have their own.
+    repeated = pair.repeated_weights if precision in ONNX_RUNTIME_PRECISIONS else 0
     elements = sum(2 * stack.num_layers * stack.key_value_size for stack in stacks)
     return Footprint(
-        round((pair.target_weights + pair.drafter_weights) * matrix + pair.vocabulary_weights * vocabulary),
+        round(
+            (pair.target_weights + pair.drafter_weights) * matrix + (pair.vocabulary_weights + repeated) * vocabulary
+        ),
         elements * _CACHE_BYTES[precision],
         4 * (1 + pair.block_size) * pair.target.vocab_size,
     )

@@ -7,16 +7,17 @@ the drafter shares with its target) is referenced there instead of written again
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 import torch
 
 from dspark_edge.engines.bundle_writer import BundleWriter
+from dspark_edge.engines.manifest import SharedWeight
 from dspark_edge.exporter.weights import Source
 
-__all__ = ["WeightStreamer", "bytes_to_write"]
+__all__ = ["WeightStreamer", "bytes_to_write", "shared_weights"]
 
 # Readers map external data into memory, and want large tensors on page boundaries.
 _PAGE = 4096
@@ -41,6 +42,32 @@ def _size(value: ir.Value) -> int:
 def bytes_to_write(model: ir.Model, sources: Mapping[str, Source]) -> int:
     """Bytes of the parameters that a graph takes from its sources."""
     return sum(_size(value) for name, value in model.graph.initializers.items() if name in sources)
+
+
+def shared_weights(models: Mapping[str, ir.Model], vocab_size: int) -> tuple[SharedWeight, ...]:
+    """Embedding and head, where more than one graph has them. Their weights must have been written.
+
+    Args:
+        models: role → graph.
+        vocab_size: rows of the matrices that are meant.
+    """
+    found: dict[tuple[str, int, int], dict[str, list[str]]] = {}
+    for role, model in models.items():
+        for tensor in _external(model):
+            if len(tensor.shape) == 2 and tensor.shape[0] == vocab_size:
+                place = (str(tensor.location), tensor.offset or 0, tensor.length or 0)
+                found.setdefault(place, {}).setdefault(role, []).append(str(tensor.name))
+    return tuple(
+        SharedWeight(*place, {role: tuple(names) for role, names in roles.items()})
+        for place, roles in found.items()
+        if len(roles) > 1
+    )
+
+
+def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            yield value.const_value
 
 
 @dataclass

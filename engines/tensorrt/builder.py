@@ -59,6 +59,7 @@ class BuildOptions:
     compute_capabilities: tuple[str, ...] = ()  # such as ("8.6",); none: the flavour's own choice
     timing_cache: Path | None = None  # None: beside the engines
     workspace: int | None = None  # bytes that a layer may use for scratch; None: all there is
+    share_weights: bool = True  # what target and drafter share is bound to their engines, and in memory once
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,10 @@ class _Builder:
         graph = self._manifest.graphs[role]
         network = parse_graph(self._flavour, self._log, role, graph, self._bundle.graph_path(role))
         network.check()
+        weights: tuple[str, ...] = ()
+        if self._options.share_weights:
+            shared = {name for weight in self._manifest.shared_weights for name in weight.initializers.get(role, ())}
+            weights = network.free_weights(shared)
         profiles = profiles_of(role, self._manifest, self._options.sizes, compiles_late=self._flavour.compiles_late)
         # There are kernels for whole attention in half precision only, and not for every head size.
         decomposed = self._manifest.precision not in _HALF and network.decompose_attention() > 0
@@ -206,7 +211,7 @@ class _Builder:
             if written is None:
                 raise EngineError(self._failure(role))
         self._report(role, 1.0)
-        return EngineFile(name, *written, profiles, decomposed)
+        return EngineFile(name, *written, profiles, decomposed, weights)
 
     def _serialize(self, network: GraphNetwork, profiles: tuple[Any, ...], file: BinaryIO) -> tuple[int, str] | None:
         """Write the engine: its size and hash, or None where TensorRT fails."""

@@ -41,6 +41,7 @@ class LoadedEngine:
     scratch: int  # address of the memory that contexts share
     scratch_size: int  # bytes
     config: Any  # TensorRT for RTX: how contexts run; None elsewhere
+    weights: Mapping[str, int] = field(default_factory=dict)  # inputs that are bound to addresses for good
     contexts: dict[int, Context] = field(default_factory=dict)  # by profile
 
     def profile(self, sizes: Mapping[str, int]) -> int | None:
@@ -77,7 +78,7 @@ class TensorRTCall:
         self._addresses = {
             name: buffer.host_pointer if name in self._on_host else buffer.pointer
             for name, buffer in (*inputs.items(), *outputs.items())
-        }
+        } | loaded.weights
         self._inputs = tuple(inputs.values())
         given = {id(buffer) for buffer in self._inputs}
         self._results = tuple(one for one in outputs.values() if one.small and id(one) not in given)

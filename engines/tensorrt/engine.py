@@ -24,6 +24,7 @@ from dspark_edge.engines.tensorrt.cuda import Cuda, Stream, open_cuda
 from dspark_edge.engines.tensorrt.flavour import Flavour, load_flavour
 from dspark_edge.engines.tensorrt.logs import make_log
 from dspark_edge.engines.tensorrt.records import EngineRecord, engine_folder, rebuild_command
+from dspark_edge.engines.tensorrt.shared_weights import SharedWeights
 
 __all__ = ["TensorRTEngine"]
 
@@ -52,6 +53,7 @@ class TensorRTEngine:
         self._log = make_log(self._flavour.trt)
         self._runtime = self._flavour.trt.Runtime(self._log)
         self._stream = self._cuda.stream()
+        self._weights = SharedWeights(bundle, self._cuda, self._stream)
         self._kernels: Any = None  # TensorRT for RTX: what it has compiled, for the next start
         self._engines: dict[str, LoadedEngine] = {}
         # Who binds a call keeps it and its buffers; what is still there in the end is given back in `close`.
@@ -151,6 +153,7 @@ class TensorRTEngine:
         self._engines.clear()
         for scratch in scratches:
             self._cuda.free(scratch)
+        self._weights.free()
         for buffer in [*self._buffers]:
             buffer.free()
         self._stream.close()
@@ -218,7 +221,7 @@ class TensorRTEngine:
                 f"{role}: {self._backend} cannot load {path.name}: {reason}; it takes {file.size / 1e6:.0f} MB of the "
                 f"GPU's memory, of which {free / 1e6:.0f} MB are free; if that is enough, {rebuild}"
             )
-        size = _scratch_size(engine)
+        size, weights = _scratch_size(engine), self._weights.addresses(role, file.weight_inputs)
         return LoadedEngine(
             role=role,
             engine=engine,
@@ -226,6 +229,7 @@ class TensorRTEngine:
             scratch=self._cuda.allocate(size, f"{role}'s scratch memory"),
             scratch_size=size,
             config=self._runtime_config(engine),
+            weights=weights,
         )
 
     def _context(self, loaded: LoadedEngine, profile: int) -> Context:

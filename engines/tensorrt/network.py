@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,29 @@ class GraphNetwork:
             layer.attention.decomposable = True
             count += 1
         return count
+
+    def free_weights(self, names: Collection[str]) -> tuple[str, ...]:
+        """Make inputs of constants, which then have the constants' names.
+
+        Args:
+            names: of the constants; what is not one of the network's is left out.
+
+        Returns:
+            The names of the inputs.
+        """
+        freed: dict[str, Any] = {}  # name of a constant's tensor → the input that stands for it
+        inputs = []
+        for layer in self._layers("CONSTANT", "IConstantLayer"):
+            if layer.name in names:
+                tensor = layer.get_output(0)
+                freed[tensor.name] = self.network.add_input(layer.name, tensor.dtype, tensor.shape)
+                inputs.append(layer.name)
+        for layer in map(self.network.get_layer, range(self.network.num_layers)):
+            for index in range(layer.num_inputs):
+                tensor = layer.get_input(index)
+                if tensor is not None and tensor.name in freed:
+                    layer.set_input(index, freed[tensor.name])
+        return tuple(inputs)
 
     def cache_updates(self) -> dict[str, str]:
         """Output → input of all caches that a layer updates in place: both have one address when the engine runs."""

@@ -4,7 +4,7 @@ A graph runs in a few ways that differ in shape, and each gets a profile of its 
 
 | graph | profile | batch | width | rows with logits |
 | --- | --- | --- | --- | --- |
-| target | `prefill` | 1 | 1 … chunk, chosen for the chunk | 1 |
+| target | `prefill` | 1 (`tensorrt-rtx`: 2) | 1 … chunk, chosen for the chunk | 1 |
 | target | `decode` | 1 … most | 1 | 1 |
 | target | `verify` | 1 … most | 2 … widest, chosen for the widest | as the width |
 | drafter | `draft` | 1 … most | | |
@@ -103,7 +103,10 @@ def profiles_of(
     block, candidates = manifest.drafter.block_size, max(1, manifest.drafter.candidates)
     if role == "target":
         chunk = sizes.prefill_chunk
-        prefill = ShapeProfile("prefill", _target(1, 1, 1), _target(1, chunk, 1), _target(1, chunk, 1))
+        # One sequence at a time is read. But TensorRT for RTX packs weights again for a profile of one sequence beside
+        # one of several (446 MB instead of 319 of SmolLM2-135M in fp16); what it packs for two serves more.
+        together = min(batch, 2) if compiles_late else 1
+        prefill = ShapeProfile("prefill", _target(1, 1, 1), _target(1, chunk, 1), _target(together, chunk, 1))
         decode = ShapeProfile("decode", _target(1, 1, 1), _target(1, 1, 1), _target(batch, 1, 1))
         if widest == 1:
             return prefill, decode

@@ -33,6 +33,7 @@ class EngineFile(Record):
     sha256: Sha256
     profiles: tuple[ShapeProfile, ...]  # in the engine's order
     decomposed_attention: Flag  # built of single operators, where TensorRT has no kernel for it as a whole
+    weight_inputs: tuple[Text, ...] = ()  # initializers of the graph that are bound as inputs; see `shared_weights`
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,12 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
 )
 @click.option("--timing-cache", type=click.Path(path_type=Path), help="Of earlier builds.  [default: with the engines]")
 @click.option("--workspace", type=float, help="GiB that a layer may use for scratch.  [default: all]")
+@click.option(
+    "--share-weights/--no-share-weights",
+    default=True,
+    show_default=True,
+    help="Bind what target and drafter share to both engines: embedding and head are on the device once.",
+)
 def build(
     bundle: Path,
     backend: str,
@@ -68,6 +74,7 @@ def build(
     capabilities: tuple[str, ...],
     timing_cache: Path | None,
     workspace: float | None,
+    share_weights: bool,
 ) -> None:
     """Build TensorRT engines of BUNDLE's graphs, into the bundle."""
     if workspace is not None and workspace <= 0:
@@ -76,7 +83,7 @@ def build(
     sizes = resolve_sizes(opened.manifest, widths, max_batch, prefill_chunk)
     flavour = load_flavour(backend)
     scratch = None if workspace is None else int(workspace * (1 << 30))
-    options = BuildOptions(sizes, capabilities, timing_cache, scratch)
+    options = BuildOptions(sizes, capabilities, timing_cache, scratch, share_weights)
     click.echo(_needs(estimate_needs(opened, sizes, compiles_late=flavour.compiles_late)), err=True)
     with _progress() as report:
         folder = build_engines(opened, flavour, options, report)

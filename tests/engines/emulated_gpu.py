@@ -227,6 +227,9 @@ class _Context:
         if engine.trt.fails or self.scratch is None or self.scratch[0] not in gpu.device:
             engine.trt.log.log(_Logger.ERROR, "no\n kernel  runs")
             return False
+        if not engine.has_weights(self.addresses):
+            engine.trt.log.log(_Logger.ERROR, "weights are not where they should be")
+            return False
         shapes, addresses = {**engine.fixed, **self.shapes}, dict(self.addresses)
         # What shapes depend on is read at once, on the host.
         early = {"pool": self._view("pool", (1,), addresses).copy()} if "pool" in addresses else {}
@@ -254,13 +257,23 @@ class _Engine:
     device_memory_size_v2 = 4096
 
     def __init__(self, trt: EmulatedTensorRT, role: str) -> None:
-        self.trt, self.graph = trt, trt.bundle.manifest.graphs[role]
+        self.trt, self.role, self.graph = trt, role, trt.bundle.manifest.graphs[role]
         self.fixed = {
             spec.name: spec.shape for spec in self.graph.inputs if not any(isinstance(size, str) for size in spec.shape)
         }
         self.session = onnxruntime.InferenceSession(
             str(trt.bundle.graph_path(role)), providers=["CPUExecutionProvider"]
         )
+
+    def has_weights(self, addresses: dict[str, int]) -> bool:
+        """Whether what the record says is an input lies at the addresses that were given."""
+        self.trt.gpu._work()
+        for weight in self.trt.bundle.manifest.shared_weights:
+            data = self.trt.bundle.file(weight.file).read_bytes()[weight.offset : weight.offset + weight.size]
+            for name in weight.initializers.get(self.role, ()):
+                if self.trt.shares_weights and ctypes.string_at(addresses[name], weight.size) != data:
+                    return False
+        return True
 
     def is_shape_inference_io(self, name: str) -> bool:
         return name == "pool"
@@ -300,7 +313,7 @@ class EmulatedTensorRT:
 
     def __init__(self, gpu: EmulatedRuntime, bundle: Bundle) -> None:
         self.gpu, self.bundle = gpu, bundle
-        self.capturable, self.fails = True, False
+        self.capturable, self.fails, self.shares_weights = True, False, True
         self.contexts: list[_Context] = []
         self.kernels = _Kernels()
         self.log: Any = None
@@ -333,7 +346,8 @@ def emulate(
         data = json.dumps({"role": role}).encode()
         (folder / f"{role}.engine").write_bytes(data)
         profiles = profiles_of(role, bundle.manifest, sizes, compiles_late=backend == "tensorrt-rtx")
-        engines[role] = EngineFile(f"{role}.engine", len(data), "0" * 64, profiles, True)
+        shared = tuple(name for weight in bundle.manifest.shared_weights for name in weight.initializers.get(role, ()))
+        engines[role] = EngineFile(f"{role}.engine", len(data), "0" * 64, profiles, True, shared)
     record = EngineRecord(
         schema_version=SCHEMA_VERSION,
         backend=backend,

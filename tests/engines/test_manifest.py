@@ -22,6 +22,7 @@ from dspark_edge.engines.manifest import (
     Manifest,
     Provenance,
     Quantization,
+    SharedWeight,
     TargetFacts,
     TensorSpec,
     check_path,
@@ -30,6 +31,12 @@ from dspark_edge.engines.manifest import (
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "bundle.schema.json"
 CACHE = ("batch", 2, "capacity", 8)
+SHARED = {
+    "file": "target.onnx",
+    "offset": 2,
+    "size": 8,
+    "initializers": {"target": ["embedding"], "drafter": ["embedding", "head"]},
+}
 QUANTIZATION = {"block_size": 32, "accuracy_level": 4, "vocabulary_bits": 8}
 
 
@@ -172,6 +179,17 @@ def test_a_draft_vocabulary_is_optional() -> None:
     assert validator().is_valid(changed("drafter/draft_vocab_size", None))
 
 
+def test_shared_weights_are_optional() -> None:
+    """Manifests without the key are valid, and one is written only where something is shared."""
+    assert "shared_weights" not in dspark_manifest().to_json()
+    weight = SharedWeight("target.onnx", 2, 8, {"target": ("embedding",), "drafter": ("embedding", "head")})
+    data = changed("shared_weights", [SHARED])
+    assert dataclasses.replace(dspark_manifest(), shared_weights=(weight,)).to_json() == data
+    assert Manifest.from_json(data).shared_weights == (weight,)
+    assert validator().is_valid(data)
+    assert not validator().is_valid(changed("shared_weights", [{**SHARED, "size": 0}]))
+
+
 def test_is_frozen_and_slotted() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         dspark_manifest().precision = "fp32"  # type: ignore[misc]
@@ -238,6 +256,10 @@ WRONG = [
     ("files/1/path", "target.onnx", "manifest.files records a path twice"),
     ("files/0/path", "manifest.json", "which a manifest never records"),
     ("files/0/path", "devices/x/profile.json", "which a manifest never records"),
+    ("shared_weights", [{**SHARED, "size": 9}], "shared_weights[0] ends at byte 11 of 'target.onnx', which has 10"),
+    ("shared_weights", [{**SHARED, "initializers": {"verifier": ["a"]}}], "there is no graph 'verifier'"),
+    ("shared_weights", [{**SHARED, "file": "../x"}], "points outside its folder"),
+    ("shared_weights", [{**SHARED, "initializers": {"target": [""]}}], "expected a non-empty string"),
     ("provenance/created_at", "yesterday", "expected a UTC time"),
     ("provenance/created_at", "2025-01-31T12:00:00+02:00", "expected a UTC time"),
     ("provenance/tool_versions/onnx", 1, "manifest.provenance.tool_versions.onnx is 1"),
@@ -347,6 +369,8 @@ BETWEEN = (
     "records a path twice",
     "expected all of",
     "for how many sequences",
+    "ends at byte",
+    "there is no graph",
 )
 
 
@@ -375,13 +399,14 @@ def test_the_schema_has_the_keys_of_the_dataclasses() -> None:
         Limits,
         Quantization,
         FileRecord,
+        SharedWeight,
         Provenance,
     ):
         keys = [field.name for field in dataclasses.fields(cls)]
         assert list(definitions[cls.__name__]["properties"]) == keys
         optional = {
             DrafterFacts: ["draft_vocab_size"],
-            Manifest: ["quantization"],
+            Manifest: ["quantization", "shared_weights"],
             Quantization: ["accuracy_level"],
         }.get(cls, [])
         assert definitions[cls.__name__]["required"] == [key for key in keys if key not in optional]

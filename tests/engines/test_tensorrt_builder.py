@@ -82,6 +82,35 @@ def test_weights_of_4_bits_become_an_engine(tmp_path: Path, flavour: Flavour) ->
     assert record is not None and record.precision == "w4a16"
 
 
+def test_what_target_and_drafter_share_is_an_input_of_both(decomposed: Bundle, flavour: Flavour) -> None:
+    """The target's embedding is its head as well, and the drafter's: one matrix under three names."""
+    shared = {"target": ("embed_tokens.weight",), "drafter": ("embed_tokens.weight", "lm_head.weight")}
+    for role, names in shared.items():
+        network = parsed(flavour, decomposed, role)
+        assert sorted(network.free_weights({*names, "no.such.weight"})) == sorted(names)
+        added = {name: tensor for name, tensor in network.inputs.items() if name in names}
+        assert {tuple(tensor.shape) for tensor in added.values()} == {(260, 96)}
+        assert {str(tensor.dtype) for tensor in added.values()} == {"DataType.FLOAT"}
+        layers = [network.network.get_layer(index) for index in range(network.network.num_layers)]
+        read = [
+            layer.get_input(place).name
+            for layer in layers
+            for place in range(layer.num_inputs)
+            if layer.get_input(place) is not None
+        ]
+        constants = {layer.get_output(0).name for layer in layers if layer.name in names}
+        assert not constants & {*read} and set(names) <= {*read}
+    weight = decomposed.manifest.shared_weights[0]
+    matrix = decomposed.file(weight.file).read_bytes()[weight.offset : weight.offset + weight.size]
+    for share in (False, True):
+        folder = build_engines(decomposed, flavour, BuildOptions(SIZES, share_weights=share))
+        record = EngineRecord.load(decomposed, folder.name)
+        assert record is not None
+        for role, engine in record.engines.items():
+            assert sorted(engine.weight_inputs) == (sorted(shared.get(role, ())) if share else [])
+            assert (matrix in (folder / engine.file).read_bytes()) == (role in shared and not share)
+
+
 @pytest.mark.needs_export
 def test_caches_are_updated_in_place(reference_bundle: ReferenceBundle, flavour: Flavour) -> None:
     bundle = Bundle.open(reference_bundle("qwen3_target", "qwen3_vanilla", "onnx"))

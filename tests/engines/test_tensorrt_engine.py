@@ -17,10 +17,12 @@ from dspark_edge.engines.engine import Buffer, sized
 from dspark_edge.engines.errors import BundleError, EngineError, InvalidInputError, MissingDependencyError
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.engines.opening import EngineChoice
+from dspark_edge.engines.tensorrt import shared_weights
 from dspark_edge.engines.tensorrt.buffers import SMALL, DeviceBuffer
 from dspark_edge.engines.tensorrt.cuda import Cuda, open_cuda
 from dspark_edge.engines.tensorrt.engine import TensorRTCall, TensorRTEngine
 from dspark_edge.engines.tensorrt.profiles import BuildSizes
+from dspark_edge.engines.tensorrt.shared_weights import SharedWeights
 from dspark_edge.runtime.generator import Generator, GeneratorOptions
 from dspark_edge.runtime.profile_probe import StreamProbe
 from dspark_edge.runtime.sampling import SamplingParams
@@ -284,6 +286,45 @@ def test_memory_that_is_short_is_named() -> None:
         match=r"no room for a buffer float32 \[1000, 2000\] of 8\.0 MB: 4\.0 MB of 4\.0 MB are free; .*--capacity",
     ):
         DeviceBuffer(cuda, cuda.stream(), "float32", (1000, 2000))
+
+
+def test_what_target_and_drafter_share_is_on_the_device_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulated engines run only where it lies at the addresses that they are given."""
+    monkeypatch.setattr(shared_weights, "_PIECE", 1000)
+    weight = bundle.manifest.shared_weights[0]
+    engine, gpu, trt = open_engine(bundle)
+    with engine:
+        Generator(engine, GeneratorOptions("static")).generate(PROMPT, SamplingParams(max_new_tokens=8))
+        pointers = {
+            context.addresses[name]
+            for context in trt.contexts
+            for names in weight.initializers.values()
+            for name in names
+            if name in context.addresses
+        }
+        assert len(pointers) == 1
+        assert bytes(gpu.device[pointers.pop()]) == bundle.file(weight.file).read_bytes()[: weight.size]
+    assert not gpu.device and not gpu.host
+
+
+def test_shared_weights_that_are_not_there_are_named(bundle: Bundle) -> None:
+    engine, gpu, _ = open_engine(bundle)
+    with engine:
+        weights = SharedWeights(bundle, engine.cuda, engine.stream)
+        with pytest.raises(BundleError, match=r"does not say where sampler's embed_tokens\.weight is"):
+            weights.addresses("sampler", ["embed_tokens.weight"])
+        path = bundle.file("target.onnx.data")
+        data = path.read_bytes()
+        path.write_bytes(data[:999])
+        with pytest.raises(BundleError, match=r"target\.onnx\.data is shorter than the manifest says; export"):
+            weights.addresses("target", ["embed_tokens.weight"])
+        path.unlink()
+        with pytest.raises(BundleError, match=r"target\.onnx\.data"):
+            SharedWeights(bundle, engine.cuda, engine.stream).addresses("target", ["embed_tokens.weight"])
+        path.write_bytes(data)
+        gpu.memory = 100
+        with pytest.raises(EngineError, match="no room for weights that target and drafter share"):
+            SharedWeights(bundle, engine.cuda, engine.stream).addresses("target", ["embed_tokens.weight"])
 
 
 def test_all_memory_is_given_back(bundle: Bundle) -> None:

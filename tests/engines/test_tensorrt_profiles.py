@@ -65,6 +65,9 @@ def test_each_way_of_running_a_target_has_a_profile(bundle: Bundle) -> None:
     assert len(profiles_of("target", bundle.manifest, BuildSizes(1, 16, (1,)))) == 2  # nothing is verified
     prefill, verify = profiles_of("target", bundle.manifest, SIZES, compiles_late=True)
     assert verify.name == "verify" and verify.shapes(ids) == ((1, 1), (1, 4), (2, 4))
+    assert prefill.shapes(ids) == ((1, 1), (1, 16), (2, 16))  # of several, as the other: weights are packed once
+    single, _ = profiles_of("target", bundle.manifest, BuildSizes(1, 16, (1, 4)), compiles_late=True)
+    assert single.shapes(ids) == ((1, 1), (1, 16), (1, 16))
     plain = profiles_of("target", bundle.manifest, BuildSizes(1, 16, (1,)), compiles_late=True)
     assert [profile.name for profile in plain] == ["prefill", "decode"]
 
