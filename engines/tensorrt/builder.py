@@ -73,11 +73,12 @@ class BuildNeeds:
     logits: int  # of the widest call
 
 
-def estimate_needs(bundle: Bundle, sizes: BuildSizes, *, compiles_late: bool) -> BuildNeeds:
+def estimate_needs(bundle: Bundle, sizes: BuildSizes, *, compiles_late: bool, share_weights: bool = True) -> BuildNeeds:
     """What building and running the engines will take.
 
     Args:
         compiles_late: see `profiles_of`; otherwise the target's weights are in its engine twice.
+        share_weights: see `BuildOptions`.
     """
     manifest = bundle.manifest
     stored = {record.path: record.size for record in manifest.files}
@@ -92,6 +93,8 @@ def estimate_needs(bundle: Bundle, sizes: BuildSizes, *, compiles_late: bool) ->
     available = probe_memory(Path("/")).available
     copies = _HOST_COPIES if compiles_late else _HOST_COPIES_PACKED_TWICE
     on_device = sum(weights) if compiles_late else sum(weights) + max(weights)
+    if not share_weights:  # the files have them once
+        on_device += sum(weight.size * (len(weight.initializers) - 1) for weight in manifest.shared_weights)
     return BuildNeeds(copies * max(weights) + _HOST_BASE, available, on_device, caches, logits)
 
 

@@ -84,7 +84,8 @@ def build(
     flavour = load_flavour(backend)
     scratch = None if workspace is None else int(workspace * (1 << 30))
     options = BuildOptions(sizes, capabilities, timing_cache, scratch, share_weights)
-    click.echo(_needs(estimate_needs(opened, sizes, compiles_late=flavour.compiles_late)), err=True)
+    needs = estimate_needs(opened, sizes, compiles_late=flavour.compiles_late, share_weights=share_weights)
+    click.echo(_needs(needs), err=True)
     with _progress() as report:
         folder = build_engines(opened, flavour, options, report)
     size = sum(file.stat().st_size for file in folder.glob("*.engine"))

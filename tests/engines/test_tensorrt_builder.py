@@ -205,6 +205,11 @@ def test_the_command(decomposed: Bundle) -> None:
     record = EngineRecord.load(decomposed, "tensorrt-rtx-8.9")
     assert record is not None
     assert record.sizes == BuildSizes(1, 4, (1, 2))
+    assert record.engines["drafter"].weight_inputs
+    done = run("--widths", "1", "--prefill-chunk", "4", "--compute-capability", "8.9", "--no-share-weights")
+    assert done.exit_code == 0, done.output
+    record = EngineRecord.load(decomposed, "tensorrt-rtx-8.9")
+    assert record is not None and not record.engines["drafter"].weight_inputs
     assert isinstance(run("--widths", "1,x").exception, InvalidInputError)
     assert isinstance(run("--workspace", "0").exception, InvalidInputError)
 

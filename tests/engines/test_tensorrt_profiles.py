@@ -109,6 +109,8 @@ def test_what_is_needed_is_told_before(bundle: Bundle) -> None:
     weights = sum(record.size for record in bundle.manifest.files if ".onnx" in record.path)
     assert needs.weights == weights
     assert needs.host > 200e6
+    own = estimate_needs(bundle, SIZES, compiles_late=True, share_weights=False)
+    assert own.weights == weights + sum(weight.size for weight in bundle.manifest.shared_weights) > weights
     twice = estimate_needs(bundle, SIZES, compiles_late=False)
     assert twice.weights > weights and twice.host > needs.host
     target = bundle.manifest.graphs["target"]

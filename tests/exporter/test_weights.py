@@ -156,8 +156,32 @@ def test_a_bundle_holds_each_weight_once(reference_bundle: Callable[..., Path], 
     for name in ("embed_tokens.weight", "lm_head.weight"):
         assert places[f"drafter {name}"] == shared
     assert shared["location"] == "target.onnx.data"
+    (told,) = bundle.manifest.shared_weights
+    assert told.initializers == {
+        "target": ("embed_tokens.weight",),
+        "drafter": ("embed_tokens.weight", "lm_head.weight"),
+    }
+    assert (told.file, told.offset, told.size) == (shared["location"], int(shared["offset"]), int(shared["length"]))
     with open(bundle.path / shared["location"], "rb") as file:
         file.seek(int(shared["offset"]))
         stored = np.frombuffer(file.read(int(shared["length"])), np.float32)
     expected = load_file(reference_dir / "qwen3_target" / "model.safetensors")["model.embed_tokens.weight"]
     np.testing.assert_array_equal(stored, expected.numpy().reshape(-1))
+
+
+def test_a_drafter_of_some_tokens_shares_the_embedding_alone(
+    tmp_path: Path, make_target: Checkpoint, make_drafter: Checkpoint, export_once: Callable[..., Path]
+) -> None:
+    target = make_target(tmp_path / "target", tie_word_embeddings=False)
+    drafter = make_drafter(tmp_path / "drafter", target, draft_vocab_size=64)
+    manifest = Bundle.open(export_once("some", target, drafter, capacity=64)).manifest
+    assert [dict(weight.initializers) for weight in manifest.shared_weights] == [
+        {"target": ("embed_tokens.weight",), "drafter": ("embed_tokens.weight",)}
+    ]
+    whole = make_drafter(tmp_path / "whole", target)
+    manifest = Bundle.open(export_once("whole", target, whole, capacity=64)).manifest
+    assert [weight.initializers["drafter"] for weight in manifest.shared_weights] == [
+        ("embed_tokens.weight",),
+        ("lm_head.weight",),
+    ]
+    assert not Bundle.open(export_once("none", target, "ngram", capacity=64)).manifest.shared_weights
