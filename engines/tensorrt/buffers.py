@@ -1,13 +1,14 @@
 """Memory that engines and the host share.
 
-A buffer's content is on the device. Small buffers, which hold the integers of a round, have pinned memory of the same
-size, through which the host writes and reads them; on a device that shares the host's memory (Jetson) they are that
-pinned memory, and nothing is copied. Large ones are rarely looked into, and get pinned memory for just so long.
+A buffer's content is on the device. All but large buffers have pinned memory of the same size, through which the host
+writes and reads them. Small ones, which hold the integers of a round, are copied there with the call that writes them;
+on a device that shares the host's memory (Jetson) they are that pinned memory, and nothing is copied. Large ones are
+rarely looked into, and get pinned memory for just so long.
 
 A window is a part of a buffer: its content is the buffer's, and so is what is known of copies to and from the host.
 
-Nothing here waits without need: a small buffer remembers the number of the last piece of work in the stream that
-touches its host memory, and waits for that one alone.
+Nothing here waits without need: a buffer remembers the number of the last piece of work in the stream that touches its
+host memory, and waits for that one alone.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from dspark_edge.engines.engine import NUMPY_DTYPES, HostArray, item_size
 from dspark_edge.engines.errors import EngineError
 from dspark_edge.engines.tensorrt.cuda import Cuda, HostMemory, Stream
 
-__all__ = ["ALIGNMENT", "SMALL", "DeviceBuffer", "DeviceWindow"]
+__all__ = ["ALIGNMENT", "LARGE", "SMALL", "DeviceBuffer", "DeviceWindow"]
 
 SMALL = 16 << 10
 """Bytes up to which a buffer is one that the host looks into; what a call writes into it is copied at once."""
+
+LARGE = 1 << 20
+"""Bytes above which a buffer has no pinned memory of its own. What many sequences draw drafts with is below that."""
 
 ALIGNMENT = 256
 """Bytes of which TensorRT wants every tensor's address to be a multiple (its documentation, `setTensorAddress`)."""
@@ -74,7 +78,7 @@ class DeviceBuffer:
         self._release = weakref.finalize(self, self._memory.free, cuda)
         if not self._shared:
             self._memory.device = cuda.allocate(self._size, f"a buffer {dtype} {list(shape)}")
-        if self.small:
+        if 0 < self._size <= LARGE:
             self._memory.host = cuda.allocate_host(self._size, mapped=self._shared)
         pointer = self._memory.device
         if pointer is None and self._memory.host is not None:
@@ -144,7 +148,7 @@ class DeviceBuffer:
         return DeviceWindow(self, shape, start)
 
     def fetch(self) -> None:
-        """Have a small buffer's content copied to the host; `read` waits for it."""
+        """Have the content copied to the host, but for large buffers; `read` waits for it."""
         if self._memory.host is not None and not self._shared:
             self._busy = self._stream.to_host(self._memory.host, self.pointer)
         self._stale = False

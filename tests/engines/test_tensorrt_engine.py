@@ -18,7 +18,7 @@ from dspark_edge.engines.errors import BundleError, EngineError, InvalidInputErr
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.engines.opening import EngineChoice
 from dspark_edge.engines.tensorrt import shared_weights
-from dspark_edge.engines.tensorrt.buffers import SMALL, DeviceBuffer
+from dspark_edge.engines.tensorrt.buffers import LARGE, SMALL, DeviceBuffer
 from dspark_edge.engines.tensorrt.cuda import Cuda, open_cuda
 from dspark_edge.engines.tensorrt.engine import TensorRTCall, TensorRTEngine
 from dspark_edge.engines.tensorrt.profiles import BuildSizes
@@ -246,9 +246,9 @@ def test_a_buffer_is_not_changed_while_a_copy_needs_it() -> None:
 def test_large_buffers_have_host_memory_while_they_are_looked_into() -> None:
     gpu = EmulatedRuntime()
     cuda = Cuda(gpu)
-    large = DeviceBuffer(cuda, cuda.stream(), "float32", (SMALL,))
+    large = DeviceBuffer(cuda, cuda.stream(), "float32", (LARGE,))
     assert not large.read().any() and not gpu.host
-    large.write(np.arange(SMALL))
+    large.write(np.arange(LARGE))
     found = large.read()
     assert found[5] == 5 and not gpu.host
     large.write(1)
@@ -261,7 +261,7 @@ def test_large_buffers_have_host_memory_while_they_are_looked_into() -> None:
         DeviceBuffer(cuda, cuda.stream(), "complex64", (2,))
 
 
-@pytest.mark.parametrize("size", [4, SMALL])
+@pytest.mark.parametrize("size", [4, LARGE])
 def test_bfloat16_is_float32_to_the_host(size: int) -> None:
     cuda = Cuda(EmulatedRuntime())
     buffer = DeviceBuffer(cuda, cuda.stream(), "bfloat16", (size,))
@@ -269,6 +269,22 @@ def test_bfloat16_is_float32_to_the_host(size: int) -> None:
     buffer.write(values)
     found = buffer.read()
     assert found.dtype == np.float32 and found[:4].tolist() == [1.0, -2.5, 3.140625, 1.0]
+
+
+@pytest.mark.parametrize("integrated", [False, True], ids=["card", "jetson"])
+def test_what_many_sequences_draw_with_is_written_without_waiting(integrated: bool) -> None:
+    """Neither small nor large: [32, 7, 64] float32. A call that writes such a buffer does not copy it to the host."""
+    gpu = EmulatedRuntime(integrated=integrated)
+    cuda = Cuda(gpu)
+    noise = DeviceBuffer(cuda, cuda.stream(), "float32", (32, 7, 64))
+    gpu.calls.clear()
+    noise.write(2.0)
+    assert not gpu.calls["cudaStreamSynchronize"] and not gpu.calls["cudaHostAlloc"]
+    assert not noise.small and SMALL < 4 * 32 * 7 * 64 < LARGE
+    noise.used(noise._stream.add(), written=True, fetched=False)
+    assert (noise.read() == 2.0).all() and gpu.calls["cudaMemcpyAsync"] == 2
+    noise.free()
+    assert not gpu.device and not gpu.host
 
 
 def test_a_device_that_shares_memory_copies_nothing_small() -> None:
