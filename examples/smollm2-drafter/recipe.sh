@@ -4,7 +4,7 @@
 #   examples/smollm2-drafter/recipe.sh TARGET.gguf WORK_FOLDER [PROMPTS.jsonl]
 #
 # TARGET.gguf is SmolLM2-135M-Instruct (`make demo` fetches it to .cache/). The target's answers come with this folder,
-# so that all of it takes six hours on two cores; with PROMPTS.jsonl they are made anew, which takes three more.
+# so that all of it takes seven hours on two cores; with PROMPTS.jsonl they are made anew, which takes three more.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 target=$1 work=$2 prompts=${3:-}
@@ -112,8 +112,8 @@ python "$here/pick.py" fifth "$work/fifth.jsonl" \
     --warm-start "$work/fourth" --count "$work/subject-responses.jsonl" --count "$work/own-responses.jsonl" \
     --count "$work/lengthy-responses.jsonl" --count "$work/routine-responses.jsonl" --held-out 0.02 --steps 1000
 
-# Last the confidence head alone, on answers that nothing above was trained on: first as the reference's, then with a
-# look at the draft's own distribution, on all but the written prompts.
+# The confidence head alone, on answers that nothing above was trained on: first as the reference's, then with a look at
+# the draft's own distribution, on all but the written prompts.
 python "$here/pick.py" confidence "$work/unwritten.jsonl" "$work"/{aside,problem,library,more,unseen}-responses.jsonl \
     --unseen "$work/second.jsonl" --unseen "$work/third.jsonl" --unseen "$work/fourth.jsonl"
 judge() {
@@ -122,8 +122,22 @@ judge() {
 }
 [ -e "$work/blind/model.safetensors" ] || judge --responses "$work/confidence.jsonl" -o "$work/blind" \
     --warm-start "$work/fifth" --no-confidence-draft-probs --learning-rate 0.002 --steps 340 --evaluate-every 85
-[ -e "$work/drafter/model.safetensors" ] || judge --responses "$work/unwritten.jsonl" -o "$work/drafter" \
+[ -e "$work/judged/model.safetensors" ] || judge --responses "$work/unwritten.jsonl" -o "$work/judged" \
     --warm-start "$work/blind" --learning-rate 0.005 --steps 400 --evaluate-every 100
+
+# What is left of the answers, most of it sums, beside some of the conversations; and the confidence head once more.
+seen=()
+for part in second third fourth fifth confidence; do seen+=(--unseen "$work/$part.jsonl"); done
+python "$here/pick.py" sixth "$work/sixth.jsonl" "$work/more-responses.jsonl" "${seen[@]}"
+python "$here/pick.py" again "$work/again.jsonl" \
+    "$work"/{library,boxed,conversation,function,subject,lengthy,routine}-responses.jsonl \
+    --unseen "$work/confidence.jsonl"
+[ -e "$work/sixth/model.safetensors" ] || learn --responses "$work/sixth.jsonl" --responses "$work/again.jsonl" \
+    -o "$work/sixth" --warm-start "$work/judged" --count "$work/subject-responses.jsonl" \
+    --count "$work/own-responses.jsonl" --count "$work/lengthy-responses.jsonl" \
+    --count "$work/routine-responses.jsonl" --held-out 0.02 --steps 1300
+[ -e "$work/drafter/model.safetensors" ] || judge --responses "$work/unwritten.jsonl" -o "$work/drafter" \
+    --warm-start "$work/sixth" --learning-rate 0.005 --steps 400 --evaluate-every 100
 
 [ -e "$work/bundle" ] || dspark-edge export --target "$target" --drafter "$work/drafter" -o "$work/bundle"
 dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl"
