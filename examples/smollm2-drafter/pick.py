@@ -3,11 +3,12 @@
 python pick.py second|third|fourth|fifth|sixth|again|confidence picked.jsonl responses.jsonl … [--unseen PICKED.jsonl]
 
 A file is known by what stands before `-responses`, the one without by `first`. What the part before left weak weighs
-most: in the second part functions to be completed and conversation, answered greedily; in those after it conversations
-of two turns, on other subjects each. Long sequences are mostly left out of the second, because their
-features take the time of two short ones; the others have them, because a drafter is no better at a depth than what it
-has seen of it. The confidence head is trained on answers that no part has seen, since what a drafter knows by heart
-says nothing of its chances: `--unseen` names what the parts before have picked, and what later ones shall leave to it.
+most: in the second part functions to be completed and conversation, answered greedily; in those after it
+conversations of two turns, on other subjects each; the sixth takes what is left, most of it sums, and `again` some of
+the others beside it. Long sequences are mostly left out of the second, because their features take the time of two
+short ones; the others have them, because a drafter is no better at a depth than what it has seen of it. The
+confidence head is trained on answers that no part has seen, since what a drafter knows by heart says nothing of its
+chances: `--unseen` names what the parts before have picked, and what later ones shall leave to it.
 """
 
 from __future__ import annotations
