@@ -75,10 +75,11 @@ class TensorRTCall:
         self._shapes = shapes
         # Sizes that shapes depend on are read by TensorRT on the host, when a run is enqueued.
         self._on_host = {name for name in inputs if loaded.engine.is_shape_inference_io(name)}
-        self._addresses = {
+        bound = {
             name: buffer.host_pointer if name in self._on_host else buffer.pointer
             for name, buffer in (*inputs.items(), *outputs.items())
-        } | loaded.weights
+        }
+        self._addresses = {**bound, **loaded.weights}
         self._inputs = tuple(inputs.values())
         given = {id(buffer) for buffer in self._inputs}
         self._results = tuple(one for one in outputs.values() if one.small and id(one) not in given)

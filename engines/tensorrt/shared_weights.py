@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from io import BufferedReader
 
+import numpy as np
+
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.errors import BundleError
 from dspark_edge.engines.manifest import SharedWeight
@@ -71,8 +73,10 @@ class SharedWeights:
         try:
             for done in range(0, size, _PIECE):
                 piece = staging.part(0, min(_PIECE, size - done))
-                if file.readinto(memoryview(piece.bytes)) < piece.bytes.nbytes:
+                data = np.frombuffer(file.read(piece.bytes.nbytes), np.uint8)
+                if data.nbytes < piece.bytes.nbytes:
                     raise BundleError(f"{file.name} is shorter than the manifest says; export the bundle again")
+                piece.bytes[...] = data
                 self._stream.wait(self._stream.to_device(pointer + done, piece))
         finally:
             self._cuda.free_host(staging)
