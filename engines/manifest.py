@@ -341,12 +341,17 @@ class Manifest(Record):
             raise BundleError(f"{where}.drafter.tap_layers: the target has {self.target.num_layers} layers")
 
     def _check_packed(self, where: str) -> None:
-        """Packed graphs come together, and tell for how many sequences they are."""
+        """Packed graphs come together, and tell for how many sequences they are: as many in all."""
         found = {role: graph for role, graph in self.graphs.items() if role.endswith("_packed")}
         for role, graph in found.items():
             counts = [spec.shape for spec in graph.inputs if spec.name == "cache_lengths"]
             if len(counts) != 1 or len(counts[0]) != 1 or not isinstance(counts[0][0], int):
                 raise BundleError(f"{where}.graphs: {role!r} does not say for how many sequences it is")
+        sizes = {spec.shape[0] for graph in found.values() for spec in graph.inputs if spec.name == "cache_lengths"}
+        if len(sizes) > 1:
+            raise BundleError(
+                f"{where}.graphs: the packed graphs are for {' and '.join(map(str, sorted(sizes)))} sequences"
+            )
         wanted = {f"{role}_packed" for role in ("target", "drafter") if role in self.graphs}
         if found and found.keys() != wanted:
             raise BundleError(f"{where}.graphs: expected all of {', '.join(sorted(wanted))}, or none")

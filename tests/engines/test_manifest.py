@@ -241,6 +241,7 @@ WRONG = [
     ("graphs/verifier", graph("v.onnx").to_json(), "'verifier' is not one of the roles"),
     ("graphs/drafter_packed", ..., "manifest.graphs: expected all of drafter_packed, target_packed, or none"),
     ("graphs/target_packed/inputs/2/shape", ["batch"], "'target_packed' does not say for how many sequences it is"),
+    ("graphs/target_packed/inputs/2/shape", [3], "the packed graphs are for 2 and 3 sequences"),
     ("graphs/target/inputs/0/dtype", "float8", HEAD + '.inputs[0].dtype is "float8"'),
     ("graphs/target/inputs/0/shape/0", 0, HEAD + ".inputs[0].shape[0] is 0"),
     ("graphs/target/inputs/0/shape/0", "a b", HEAD + '.inputs[0].shape[0] is "a b"'),
@@ -369,6 +370,7 @@ BETWEEN = (
     "records a path twice",
     "expected all of",
     "for how many sequences",
+    "the packed graphs are for",
     "ends at byte",
     "there is no graph",
 )
