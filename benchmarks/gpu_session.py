@@ -29,6 +29,7 @@ from time import monotonic
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = Path(__file__).parent
 _LEAST_S = 20.0  # a step that has less is not begun
+BATCHES = (1, 4, 16, 32)
 _COMMAND = "from dspark_edge.runtime.cli import main; main()"
 
 
@@ -53,31 +54,29 @@ def install(wheels: Path | None, site: Path) -> list[Step]:
     return [Step("install-wheels", (*pip, *found), 180), *steps] if found else steps
 
 
-def pair_steps(
-    part: str, bundle: Path, results: Path, backend: str, export: Sequence[str], batch: int, prompts: Path
-) -> list[Step]:
-    """From checkpoints to figures.
+def measured(part: str, bundle: Path, results: Path, backend: str, *more: str) -> Step:
+    """What calls and rounds cost, as figures and a picture; `more` arguments of gpu.py."""
+    reports = ("--json", str(results / f"{part}.json"), "--picture", str(results / f"{part}.png"))
+    command = (sys.executable, str(BENCHMARKS / "gpu.py"), str(bundle), "--engine", backend, *reports, *more)
+    return Step(f"{part}-measure", command, 240)
+
+
+def made(part: str, bundle: Path, backend: str, export: Sequence[str], batch: int) -> list[Step]:
+    """From checkpoints to profiled engines.
 
     Args:
         part: their name.
         bundle: folder of the bundle.
-        results: folder of reports.
         export: arguments that say what is exported, and how.
         batch: most sequences.
     """
-    engine = ("--engine", backend)
-    gpu = [sys.executable, str(BENCHMARKS / "gpu.py"), str(bundle), *engine]
-    gpu += ["--json", str(results / f"{part}.json"), "--picture", str(results / f"{part}.png")]
     exported = ("export", *export, "--lowering", "onnx", "--max-batch", str(batch), "-o", str(bundle), "--overwrite")
-    several = ",".join(str(count) for count in (1, 4, 16, 32) if count <= batch)
-    bench = ("bench", str(bundle), "--prompts", str(prompts), "--limit", "4", "--repeats", "3", "--temperatures", "0,1")
-    report = ("--html", str(results / f"{part}-bench.html"), "--json")
+    several = ",".join(str(count) for count in BATCHES if count <= batch)
+    profiled = ("profile", str(bundle), "--engine", backend, "--budget", "40", "--batches", several)
     return [
         Step(f"{part}-export", edge(*exported), 300),
         Step(f"{part}-build", edge("build", str(bundle), "--backend", backend), 300),
-        Step(f"{part}-profile", edge("profile", str(bundle), *engine, "--budget", "40", "--batches", several), 180),
-        Step(f"{part}-measure", tuple(gpu), 240),
-        Step(f"{part}-bench", edge(*bench, "--concurrency", several, *engine, *report), 300),
+        Step(f"{part}-profile", edge(*profiled), 180),
     ]
 
 
@@ -93,23 +92,27 @@ def plan(arguments: argparse.Namespace) -> list[Step]:
     python = sys.executable
     steps = install(arguments.wheels, work / "site")
     steps.append(Step("tests-gpu", (python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/gpu"), 300))
+    asked = ("--prompts", str(arguments.prompts), "--limit", "4", "--repeats", "3", "--temperatures", "0,1")
+    several = ("--concurrency", ",".join(map(str, BATCHES)))
     for precision in ("fp16", "bf16", "w4a16"):
         bundle = work / f"smollm2-{precision}"
-        made = pair_steps(precision, bundle, results, backend, (*pair, "--precision", precision), 32, arguments.prompts)
-        if precision == "fp16":
-            measuring = next(step for step in made if step.name.endswith("measure"))
-            compared = Step(measuring.name, (*measuring.command, "--torch", target), measuring.most_s)
-            made = [compared if step is measuring else step for step in made]
+        compared = ("--torch", target) if precision == "fp16" else ()
+        report = ("--html", str(results / f"{precision}-bench.html"), "--json")
+        bench = ("bench", str(bundle), *asked, *several, "--engine", backend, *report)
         parity = ("parity", str(bundle), *pair, "--engine", backend, "--json")
-        steps += [*made, Step(f"{precision}-parity", edge(*parity), 240)]
+        steps += [
+            *made(precision, bundle, backend, (*pair, "--precision", precision), BATCHES[-1]),
+            measured(precision, bundle, results, backend, *compared),
+            Step(f"{precision}-bench", edge(*bench), 300),
+            Step(f"{precision}-parity", edge(*parity), 240),
+        ]
     # What an embedding and a head of its own bring each engine.
     own = work / "smollm2-unshared"
     copy = "import shutil, sys; shutil.copytree(*sys.argv[1:], dirs_exist_ok=True)"
-    measure = (python, str(BENCHMARKS / "gpu.py"), str(own), "--engine", backend)
     steps += [
         Step("unshared-copy", (python, "-c", copy, str(work / "smollm2-fp16"), str(own)), 60),
         Step("unshared-build", edge("build", str(own), "--backend", backend, "--no-share-weights"), 300),
-        Step("unshared-measure", (*measure, "--json", str(results / "unshared.json")), 240),
+        measured("unshared", own, results, backend),
     ]
     cuda, provider = work / "smollm2-cuda", ("--provider", "cuda")
     steps += [
@@ -117,19 +120,15 @@ def plan(arguments: argparse.Namespace) -> list[Step]:
         Step("cuda-profile", edge("profile", str(cuda), *provider, "--budget", "30", "--batches", "1"), 120),
         Step("cuda-bench", edge("bench", str(cuda), *provider, "--prompts", str(arguments.prompts), "--json"), 240),
     ]
-    random = work / "qwen3-4b"
-    made = pair_steps(
-        "qwen3",
-        work / "qwen3-4b-bf16",
-        results,
-        backend,
-        ("--target", str(random / "target"), "--drafter", str(random / "drafter"), "--precision", "bf16"),
-        1,
-        arguments.prompts,
-    )
+    random, bundle = work / "qwen3-4b", work / "qwen3-4b-bf16"
+    drawn = ("--target", str(random / "target"), "--drafter", str(random / "drafter"), "--precision", "bf16")
     draw = (python, str(BENCHMARKS / "random_pair.py"), str(random), "--device", "cuda")
-    steps += [Step("qwen3-weights", draw, 240), *(step for step in made if not step.name.endswith("bench"))]
-    return steps
+    return [
+        *steps,
+        Step("qwen3-weights", draw, 240),
+        *made("qwen3", bundle, backend, drawn, 1),
+        measured("qwen3", bundle, results, backend),
+    ]
 
 
 def run(steps: Sequence[Step], work: Path, out: Path, minutes: float) -> bool:

@@ -32,7 +32,6 @@ PACKAGES = ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings", "gguf", "set
 
 _GLIBC = ("2_39", "2_35", "2_34", "2_31", "2_28", "2_27", "2_17")  # pip takes these literally
 _LIST = "pieces.json"
-_CHUNK = 1 << 20
 
 
 def download(packages: Iterable[str], python: str, folder: Path) -> None:
@@ -91,7 +90,7 @@ def take(folder: Path, store: Path) -> list[str]:
         raise SystemExit(f"{store} holds pieces of another kit; take these to another store")
     kept.write_text(listed, encoding="utf-8")
     for file in folder.glob("piece.*"):
-        if _digest([file]) != pieces.get(file.name):
+        if hashlib.sha256(file.read_bytes()).hexdigest() != pieces.get(file.name):
             raise SystemExit(f"{file} is damaged; send it again")
         shutil.copyfile(file, store / file.name)
     missing = [name for name in pieces if not (store / name).exists()]
@@ -105,22 +104,13 @@ def _unpack(pieces: Sequence[Path], store: Path) -> None:
     with open(whole, "wb") as stream:
         for piece in pieces:
             with open(piece, "rb") as part:
-                shutil.copyfileobj(part, stream, _CHUNK)
+                shutil.copyfileobj(part, stream)
     with tarfile.open(whole) as tar:
         if sys.version_info >= (3, 12):
             tar.extractall(store / "files", filter="data")
         else:
             tar.extractall(store / "files")
     whole.unlink()
-
-
-def _digest(files: Iterable[Path]) -> str:
-    found = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                found.update(chunk)
-    return found.hexdigest()
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -292,6 +292,10 @@ class Manifest(Record):
         """Tokens of the widest call that verifies: an anchor and a block of each sequence that may share it."""
         return max(self.packed_sequences, 1) * (self.drafter.block_size + 1)
 
+    def shared_weights_of(self, role: str) -> dict[str, SharedWeight]:
+        """A graph's shared weights, by the names of its initializers."""
+        return {name: weight for weight in self.shared_weights for name in weight.initializers.get(role, ())}
+
     @classmethod
     def from_text(cls, text: str | bytes, where: str = "manifest") -> Manifest:
         """The manifest in the text of a ``manifest.json``.
@@ -343,11 +347,12 @@ class Manifest(Record):
     def _check_packed(self, where: str) -> None:
         """Packed graphs come together, and tell for how many sequences they are: as many in all."""
         found = {role: graph for role, graph in self.graphs.items() if role.endswith("_packed")}
+        sizes: set[int | str] = set()
         for role, graph in found.items():
             counts = [spec.shape for spec in graph.inputs if spec.name == "cache_lengths"]
             if len(counts) != 1 or len(counts[0]) != 1 or not isinstance(counts[0][0], int):
                 raise BundleError(f"{where}.graphs: {role!r} does not say for how many sequences it is")
-        sizes = {spec.shape[0] for graph in found.values() for spec in graph.inputs if spec.name == "cache_lengths"}
+            sizes.add(counts[0][0])
         if len(sizes) > 1:
             raise BundleError(
                 f"{where}.graphs: the packed graphs are for {' and '.join(map(str, sorted(sizes)))} sequences"

@@ -151,8 +151,6 @@ def export_bundle(
                 files=(),
                 provenance=provenance(target, drafter),
                 quantization=quantization,
-                shared_weights=shared_weights(
-                    {role: graphs[role].model for role in ("target", "drafter") if role in graphs}, described.vocab_size
-                ),
+                shared_weights=shared_weights({role: one.model for role, one in traced.items()}, described.vocab_size),
             )
         )

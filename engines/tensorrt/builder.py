@@ -199,8 +199,7 @@ class _Builder:
         network.check()
         weights: tuple[str, ...] = ()
         if self._options.share_weights:
-            shared = {name for weight in self._manifest.shared_weights for name in weight.initializers.get(role, ())}
-            weights = network.free_weights(shared)
+            weights = network.free_weights(self._manifest.shared_weights_of(role))
         profiles = profiles_of(role, self._manifest, self._options.sizes, compiles_late=self._flavour.compiles_late)
         # There are kernels for whole attention in half precision only, and not for every head size.
         decomposed = self._manifest.precision not in _HALF and network.decompose_attention() > 0

@@ -39,11 +39,7 @@ class SharedWeights:
             BundleError: they are not among the manifest's shared weights, or cannot be read.
             EngineError: the device has no room.
         """
-        known = {
-            name: weight
-            for weight in self._bundle.manifest.shared_weights
-            for name in weight.initializers.get(role, ())
-        }
+        known = self._bundle.manifest.shared_weights_of(role)
         for name in names:
             if name not in known:
                 raise BundleError(f"{self._bundle.path}: the manifest does not say where {role}'s {name} is")

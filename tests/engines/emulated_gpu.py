@@ -268,11 +268,10 @@ class _Engine:
     def has_weights(self, addresses: dict[str, int]) -> bool:
         """Whether what the record says is an input lies at the addresses that were given."""
         self.trt.gpu._work()
-        for weight in self.trt.bundle.manifest.shared_weights:
+        for name, weight in self.trt.bundle.manifest.shared_weights_of(self.role).items():
             data = self.trt.bundle.file(weight.file).read_bytes()[weight.offset : weight.offset + weight.size]
-            for name in weight.initializers.get(self.role, ()):
-                if self.trt.shares_weights and ctypes.string_at(addresses[name], weight.size) != data:
-                    return False
+            if ctypes.string_at(addresses[name], weight.size) != data:
+                return False
         return True
 
     def is_shape_inference_io(self, name: str) -> bool:
@@ -313,7 +312,7 @@ class EmulatedTensorRT:
 
     def __init__(self, gpu: EmulatedRuntime, bundle: Bundle) -> None:
         self.gpu, self.bundle = gpu, bundle
-        self.capturable, self.fails, self.shares_weights = True, False, True
+        self.capturable, self.fails = True, False
         self.contexts: list[_Context] = []
         self.kernels = _Kernels()
         self.log: Any = None
@@ -346,7 +345,7 @@ def emulate(
         data = json.dumps({"role": role}).encode()
         (folder / f"{role}.engine").write_bytes(data)
         profiles = profiles_of(role, bundle.manifest, sizes, compiles_late=backend == "tensorrt-rtx")
-        shared = tuple(name for weight in bundle.manifest.shared_weights for name in weight.initializers.get(role, ()))
+        shared = tuple(bundle.manifest.shared_weights_of(role))
         engines[role] = EngineFile(f"{role}.engine", len(data), "0" * 64, profiles, True, shared)
     record = EngineRecord(
         schema_version=SCHEMA_VERSION,
