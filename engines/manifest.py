@@ -227,6 +227,7 @@ class Quantization(Record):
     block_size: Annotated[int, one_number_of(WEIGHT_BLOCK_SIZES)]  # weights that share a scale (int8, int4: and a zero)
     vocabulary_bits: Annotated[int, one_number_of(VOCABULARY_BITS)]  # of embedding and head; 16: not in blocks
     accuracy_level: Annotated[int, one_number_of(ACCURACY_LEVELS)] | None = None  # of MatMulNBits; int8 and int4 only
+    kept_blocks: Flag = False  # whether a checkpoint's own blocks, where they fit, were taken as they are
 
 
 @dataclass(frozen=True, slots=True)

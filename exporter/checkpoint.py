@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from typing_extensions import Self
 
 from dspark_edge.engines.errors import CheckpointError, MissingDependencyError
+from dspark_edge.exporter.stored_blocks import BlockForm, StoredBlocks
 
 __all__ = ["TEXT_FILES", "Checkpoint", "SafetensorsCheckpoint", "open_checkpoint"]
 
@@ -73,6 +74,12 @@ class Checkpoint(Protocol):
 
     def integers(self, name: str) -> torch.Tensor:
         """An int64 tensor, read now. Raises `CheckpointError` when it cannot be, or is of another type."""
+
+    def block_form(self, name: str) -> BlockForm | None:
+        """What blocks a matrix is stored in; None where its weights are floats, or in blocks of another kind."""
+
+    def blocks(self, name: str) -> StoredBlocks:
+        """A matrix that has a `block_form`, read now. Raises `CheckpointError` when it cannot be."""
 
     def text_files(self) -> dict[str, bytes]:
         """Content of those of `TEXT_FILES` that the checkpoint has."""
@@ -158,6 +165,14 @@ class SafetensorsCheckpoint:
         if entry.dtype != "I64":
             raise CheckpointError(f"{entry.shard}: tensor {name!r} is of type {entry.dtype}, expected I64 (int64)")
         return self._read(entry, name)
+
+    def block_form(self, name: str) -> BlockForm | None:
+        self._entry(name)
+        return None
+
+    def blocks(self, name: str) -> StoredBlocks:
+        """Raises `CheckpointError`: the weights of these files are floats."""
+        raise CheckpointError(f"{self._entry(name).shard}: tensor {name!r} is not in blocks")
 
     def _read(self, entry: _Entry, name: str) -> torch.Tensor:
         """The tensor, mapped: what is not touched of it is not read."""

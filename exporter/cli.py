@@ -75,6 +75,12 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 )
 @click.option("--vocabulary-bits", type=int, help="int4: bits of embedding and head, 4 or 8.  [default: 8]")
 @click.option(
+    "--keep-blocks/--round-blocks",
+    default=True,
+    show_default=True,
+    help="int8, int4: take a GGUF file's own blocks as they are, where they fit, or round them again.",
+)
+@click.option(
     "--packed-sequences",
     type=int,
     help="ort: sequences that share a call when batches are verified, 0 for none.  [default: fp32 2, else 0]",

@@ -15,7 +15,7 @@ from dspark_edge.engines.errors import CheckpointError, InvalidInputError
 from dspark_edge.engines.manifest import SCHEMA_VERSION, Limits, Manifest
 from dspark_edge.exporter.checkpoint import Checkpoint
 from dspark_edge.exporter.facts import drafter_facts, provenance, target_facts
-from dspark_edge.exporter.graphs import Graph, Report, pack_graphs, trace_graphs
+from dspark_edge.exporter.graphs import Graph, Report, pack_graphs, resolve_quantization, trace_graphs
 from dspark_edge.exporter.options import PRECISIONS, ExportOptions
 from dspark_edge.exporter.pair import NGRAM, Pair, check_weights, open_pair
 from dspark_edge.exporter.streaming import WeightStreamer, bytes_to_write, shared_weights
@@ -127,7 +127,7 @@ def export_bundle(
     with ExitStack() as stack:
         report("reading checkpoints", 0, 1)
         pair = open_pair(stack, target, drafter)
-        quantization = options.resolve_quantization(pair.target_config, pair.drafter_config)
+        quantization = resolve_quantization(pair, options)
         facts = drafter_facts(pair, options)
         capacity = options.resolve_capacity(pair.target_config, facts.block_size)
         check_weights(pair, capacity, facts.candidates, TORCH_DTYPES[options.dtype])

@@ -17,8 +17,10 @@ import torch
 from typing_extensions import Self
 
 from dspark_edge.engines.errors import CheckpointError, MissingDependencyError
+from dspark_edge.exporter.gguf_blocks import block_form, read_blocks
 from dspark_edge.exporter.gguf_config import Metadata, hugging_face_config
 from dspark_edge.exporter.gguf_tokenizer import tokenizer_files
+from dspark_edge.exporter.stored_blocks import BlockForm, StoredBlocks
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
@@ -101,16 +103,39 @@ class GGUFCheckpoint:
         """The tensor in fp32, or as stored where it is fp16 or bf16."""
         stored = self._tensor(name)
         value = _dequantise(self._metadata.path, stored)
-        if self.config["model_type"] == "llama" and ".self_attn." in name:
-            if ".q_proj." in name:
-                return interleaved_to_halves(value, self.config["num_attention_heads"])
-            if ".k_proj." in name:
-                return interleaved_to_halves(value, self.config["num_key_value_heads"])
-        return value
+        heads = self._interleaved_heads(name)
+        return interleaved_to_halves(value, heads) if heads else value
 
     def integers(self, name: str) -> torch.Tensor:
         """Raises `CheckpointError`: a GGUF file holds weights only."""
         raise CheckpointError(f"{self.source}: has no integer tensor {name!r}")
+
+    def block_form(self, name: str) -> BlockForm | None:
+        return block_form(self._tensor(name).tensor_type.name)
+
+    def blocks(self, name: str) -> StoredBlocks:
+        """The matrix as it is stored, its rows in the order of `tensor`."""
+        stored = self._tensor(name)
+        kind = stored.tensor_type.name
+        if block_form(kind) is None:
+            raise CheckpointError(f"{self.source}: tensor {name!r} is of type {kind}, which has no such blocks")
+        try:
+            blocks = read_blocks(kind, np.array(stored.data, dtype=np.uint8), _shape(stored))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.source}: cannot read tensor {name!r}: {error}") from error
+        heads = self._interleaved_heads(name)
+        if not heads:
+            return blocks
+        order = interleaved_to_halves(torch.arange(len(blocks.numbers)), heads)
+        return blocks.rows(order.numpy())
+
+    def _interleaved_heads(self, name: str) -> int:
+        """Heads of a matrix whose rows llama.cpp's converter has reordered; 0 for any other."""
+        if self.config["model_type"] != "llama" or ".self_attn." not in name:
+            return 0
+        if ".q_proj." in name:
+            return int(self.config["num_attention_heads"])
+        return int(self.config["num_key_value_heads"]) if ".k_proj." in name else 0
 
     def text_files(self) -> dict[str, bytes]:
         """The tokenizer's files, rebuilt. Raises `CheckpointError` for a tokenizer that cannot be."""

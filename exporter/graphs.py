@@ -9,7 +9,7 @@ from functools import lru_cache
 import onnx_ir as ir
 from torch import nn
 
-from dspark_edge.engines.manifest import GraphSpec
+from dspark_edge.engines.manifest import GraphSpec, Quantization
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig
 from dspark_edge.exporter.contracts import drafter_contract, sampler_contracts, target_contract
 from dspark_edge.exporter.lowerings import get_lowering
@@ -24,7 +24,7 @@ from dspark_edge.exporter.tracing import TORCH_DTYPES, GraphContract, trace
 from dspark_edge.exporter.weight_rewrites import quantize_graph
 from dspark_edge.exporter.weights import Source
 
-__all__ = ["Graph", "Report", "pack_graphs", "trace_graphs"]
+__all__ = ["Graph", "Report", "pack_graphs", "resolve_quantization", "trace_graphs"]
 
 Report = Callable[[str, int, int], None]
 """Progress: what is being done, how much of it is done, how much there is."""
@@ -49,9 +49,22 @@ class Graph:
         return GraphSpec(f"{role}.onnx", self.contract.flat_inputs, self.contract.outputs, dict(self.contract.aliases))
 
 
+def resolve_quantization(pair: Pair, options: ExportOptions) -> Quantization | None:
+    """How the bundle's weights are stored, as the manifest says it; None for float ones.
+
+    Blocks count as kept only where the target has some that fit. Raises `InvalidInputError` as the options do.
+    """
+    quantization = options.resolve_quantization(pair.target_config, pair.drafter_config)
+    formats = weight_formats(options.precision, quantization)
+    if quantization is None or formats is None:
+        return quantization
+    forms = [form for name in pair.target.names() if (form := pair.target.block_form(name)) is not None]
+    return replace(quantization, kept_blocks=quantization.kept_blocks and any(map(formats.keeps, forms)))
+
+
 def _quantized(graph: Graph, pair: Pair, options: ExportOptions) -> Graph:
     """The graph with the weights that the options ask for."""
-    quantization = options.resolve_quantization(pair.target_config, pair.drafter_config)
+    quantization = resolve_quantization(pair, options)
     formats = weight_formats(options.precision, quantization)
     if formats is None or quantization is None:
         return graph

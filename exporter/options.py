@@ -54,6 +54,7 @@ class ExportOptions:
     weight_block_size: int | None = None  # weights that share a scale; None: 32 in int4, else 64, or what fits
     accuracy_level: int | None = None  # int8 and int4: 4 rounds activations to int8, 1 keeps them; None: 4
     vocabulary_bits: int | None = None  # int4: bits of embedding and head, 4 or 8; None: 8
+    keep_blocks: bool = True  # int8, int4: take a GGUF file's own blocks as they are, where they fit
     # ort: sequences that packed graphs verify in one call, 0 for no such graphs; None: 2 in fp32, 0 elsewhere
     packed_sequences: int | None = None
 
@@ -127,7 +128,7 @@ class ExportOptions:
         blocks = "an even number of whole blocks" if unit == 2 else "whole blocks"
         demand = f"rows of {target.hidden_size}, the hidden size, have to be {blocks} of {bits} bits"
         chosen = self._block_size(fitting, [*_BLOCK_SIZES[self.precision], *WEIGHT_BLOCK_SIZES], demand, "fp32")
-        return Quantization(chosen, bits, self.accuracy_level or _ACCURACY_LEVEL)
+        return Quantization(chosen, bits, self.accuracy_level or _ACCURACY_LEVEL, self.keep_blocks)
 
     def _signed_block_size(self, target: DecoderConfig, drafter: DrafterConfig | None) -> int:
         """Weights of a block where DequantizeLinear wants whole ones."""

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
-from dspark_edge.exporter.quantization import BlockFormat, BlockSource, LastMatrix, Part, WeightFormats
+from dspark_edge.exporter.quantization import (
+    BlockFormat,
+    BlockSource,
+    LastMatrix,
+    Part,
+    WeightFormats,
+    offset_columns,
+)
 from dspark_edge.exporter.weights import Source
 
 __all__ = ["DequantizeWeights", "QuantizeWeights", "quantize_graph"]
@@ -85,6 +93,12 @@ class QuantizeWeights(_WeightRewrite):
         y = MatMulNBits <K, N> (x, weight.blocks, weight.scales, weight.zero_points)
         y = GatherBlockQuantized(weight.rows, ids, weight.scales, weight.zero_points)
 
+    A product whose rows have offset columns (`quantization.offset_columns`) gets the sums of its input's blocks for
+    them, b weights in a block::
+
+        sums = ReduceSum <keepdims = 0> (Reshape(x, [0, …, K / b, b]), axes)
+        y = MatMulNBits <K + K / b, N> (Concat(x, sums), weight.blocks, weight.scales, weight.zero_points)
+
     `weight.rows` has the bytes of `weight.blocks` in two dimensions, and shares them on disk: a tied embedding and
     head are stored once.
 
@@ -98,9 +112,16 @@ class QuantizeWeights(_WeightRewrite):
         "zero_points": ir.DataType.UINT8,
     }
 
-    def __init__(self, formats: WeightFormats, accuracy_level: int) -> None:
+    def __init__(
+        self, formats: WeightFormats, accuracy_level: int, offset_columns: Mapping[str, int] | None = None
+    ) -> None:
+        """
+        Args:
+            offset_columns: of weights that have any, by name.
+        """
         super().__init__(formats)
         self.accuracy_level = accuracy_level
+        self.offset_columns = offset_columns or {}
 
     def _rewrite(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, layout: BlockFormat) -> None:
         new = (self._look_up if node.op_type == "Gather" else self._product)(graph, node, weight, layout)
@@ -124,10 +145,14 @@ class QuantizeWeights(_WeightRewrite):
             raise RuntimeError(f"{weight.name} is used by {node.op_type}, which has no form for quantised weights")
         first, second = _sizes(weight)
         rows, size = (first, second) if transposed else (second, first)
+        states = node.inputs[0]
+        if self.offset_columns.get(str(weight.name)):
+            states = _with_block_sums(graph, node, layout.block_size, size)
+            size += self.offset_columns[str(weight.name)]
         parts = [self._part(graph, weight, part, layout.part_shape(part, rows, size), part) for part in self.types]
         settings = {"K": size, "N": rows, "bits": layout.bits, "block_size": layout.block_size}
         settings["accuracy_level"] = self.accuracy_level
-        return _node("MatMulNBits", [node.inputs[0], *parts], settings, node.name)
+        return _node("MatMulNBits", [states, *parts], settings, node.name)
 
     def _look_up(self, graph: ir.Graph, node: ir.Node, weight: ir.Value, layout: BlockFormat) -> ir.Node:
         rows, size = _sizes(weight)
@@ -183,6 +208,37 @@ class DequantizeWeights(_WeightRewrite):
         node.replace_input_with(1, values)
 
 
+def _with_block_sums(graph: ir.Graph, node: ir.Node, block_size: int, size: int) -> ir.Value:
+    """A product's input [..., K], and behind it the sum of each block: [..., K + K / block size]."""
+    states = node.inputs[0]
+    if states is None or states.shape is None or size % block_size:
+        raise RuntimeError(f"{node.name}: an input whose shape is known and whole blocks of {block_size} was expected")
+    rank, blocks, prefix = len(states.shape), size // block_size, states.name
+    shape = _constant(graph, f"blocks_of.{rank}.{blocks}", [*[0] * (rank - 1), blocks, block_size])
+    split = _node("Reshape", [states, shape], {}, f"{prefix}.blocks", domain="")
+    sums = _node(
+        "ReduceSum",
+        [split.outputs[0], _constant(graph, f"blocks_of.{rank}.axis", [rank])],
+        {"keepdims": 0},
+        f"{prefix}.sums",
+        domain="",
+    )
+    joined = _node("Concat", [states, sums.outputs[0]], {"axis": rank - 1}, f"{prefix}.with_sums", domain="")
+    leading = list(states.shape)[:-1]
+    for new, last in ((split, [blocks, block_size]), (sums, [blocks]), (joined, [size + blocks])):
+        new.outputs[0].name, new.outputs[0].type = f"{new.name}.out", states.type
+        new.outputs[0].shape = ir.Shape([*leading, *last])
+        graph.insert_before(node, new)
+    return joined.outputs[0]
+
+
+def _constant(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
+    """An initializer of int64, made when it is first asked for."""
+    if name not in graph.initializers:
+        graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(np.array(values, np.int64), name=name)))
+    return graph.initializers[name]
+
+
 def _sizes(weight: ir.Value) -> tuple[int, int]:
     if weight.shape is None or len(weight.shape) != 2:
         raise RuntimeError(f"{weight.name} is no matrix")
@@ -209,7 +265,13 @@ def quantize_graph(
     Args:
         accuracy_level: of ONNX Runtime's products; None: weights stand behind DequantizeLinear.
     """
-    rewrite = DequantizeWeights(formats) if accuracy_level is None else QuantizeWeights(formats, accuracy_level)
+    rewrite: _WeightRewrite
+    if accuracy_level is None:
+        rewrite = DequantizeWeights(formats)
+    else:
+        layouts = {name: layout for name in sources if (layout := formats.of(name)) is not None}
+        columns = {name: offset_columns(sources[name], layout) for name, layout in layouts.items()}
+        rewrite = QuantizeWeights(formats, accuracy_level, columns)
     rewrite(model)
     last = LastMatrix()
     parts: dict[str, Source] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -17,8 +17,10 @@ from torch import nn
 from dspark_edge.engines.errors import CheckpointError, MismatchError
 from dspark_edge.exporter.checkpoint import Checkpoint
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig, RotaryConfig
+from dspark_edge.exporter.stored_blocks import BlockForm, StoredBlocks
 
 __all__ = [
+    "RowsSource",
     "Source",
     "WeightSource",
     "check_shared_weights",
@@ -71,10 +73,49 @@ class WeightSource:
         joined = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         return joined[::-1] if self.transpose else joined
 
+    def pieces(self) -> tuple[WeightSource, ...]:
+        """The tensors one by one, each as the checkpoint has it."""
+        return tuple(replace(self, names=(name,), transpose=False) for name in self.names)
+
+    def block_form(self) -> BlockForm | None:
+        """What blocks the checkpoint has it in; None where in none, or where it is joined of several tensors."""
+        return self.checkpoint.block_form(self.names[0]) if len(self.names) == 1 else None
+
+    def blocks(self) -> StoredBlocks:
+        """The matrix as the checkpoint has it, where it has a `block_form`. Raises `CheckpointError`."""
+        return self.checkpoint.blocks(self.names[0])
+
+
+@dataclass(frozen=True)
+class RowsSource:
+    """A recipe for some rows of a matrix."""
+
+    matrix: WeightSource  # of one tensor, as the checkpoint has it
+    what: str  # which rows: equal sources share their bytes on disk
+    count: int
+    read_index: Callable[[], torch.Tensor] = field(compare=False, repr=False)  # [count] int64
+
+    def load(self, dtype: torch.dtype) -> torch.Tensor:
+        # Taken before they are converted: safetensors maps the matrix, and its other rows are not read.
+        rows = self.matrix.checkpoint.tensor(self.matrix.names[0])[self.read_index()]
+        return rows.to(dtype).contiguous()
+
+    def shape(self) -> tuple[int, ...]:
+        return (self.count, *self.matrix.shape()[1:])
+
+    def pieces(self) -> tuple[RowsSource, ...]:
+        return (self,)
+
+    def block_form(self) -> BlockForm | None:
+        return self.matrix.block_form()
+
+    def blocks(self) -> StoredBlocks:
+        return self.matrix.blocks().rows(self.read_index().numpy())
+
 
 @dataclass(frozen=True)
 class ComputedSource:
-    """A parameter that is computed, such as a rotary table or rows of a matrix; `key` identifies it among equals."""
+    """A parameter that is computed, such as a rotary table; `key` identifies it among equals."""
 
     key: str
     compute: Callable[[], torch.Tensor] = field(compare=False, repr=False)
@@ -226,13 +267,9 @@ def _draft_vocabulary_sources(
     def read_ids() -> torch.Tensor:
         return read_draft_vocab_ids(drafter, config)
 
-    def read_rows() -> torch.Tensor:
-        # Taken before they are converted: safetensors maps the matrix, and its other rows are not read.
-        return head.checkpoint.tensor(head.names[0])[read_ids()]
-
     size = config.head_size
     yield "draft_vocabulary.ids", ComputedSource("draft vocabulary ids", read_ids, (size,))
-    yield "lm_head.weight", ComputedSource("draft vocabulary head", read_rows, (size, config.backbone.hidden_size))
+    yield "lm_head.weight", RowsSource(head, "draft vocabulary", size, read_ids)
 
 
 def drafter_sources(
