@@ -386,6 +386,8 @@ class Manifest(Record):
             raise BundleError(
                 f"{where}.accuracy_level is {'missing' if own else 'given'}, but the precision is {self.precision!r}"
             )
+        if quantization.kept_blocks and not own:
+            raise BundleError(f"{where}.kept_blocks is true, but the precision is {self.precision!r}")
 
 
 def _without_duplicates(members: list[tuple[str, object]]) -> dict[str, object]:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import onnx_ir as ir
 from torch import nn
 
-from dspark_edge.engines.manifest import GraphSpec, Quantization
+from dspark_edge.engines.manifest import ONNX_RUNTIME_PRECISIONS, GraphSpec, Quantization
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig
 from dspark_edge.exporter.contracts import drafter_contract, sampler_contracts, target_contract
 from dspark_edge.exporter.lowerings import get_lowering
@@ -52,14 +52,15 @@ class Graph:
 def resolve_quantization(pair: Pair, options: ExportOptions) -> Quantization | None:
     """How the bundle's weights are stored, as the manifest says it; None for float ones.
 
-    Blocks count as kept only where the target has some that fit. Raises `InvalidInputError` as the options do.
+    The target's blocks count as kept where some of them fit. Raises `InvalidInputError` as the options do.
     """
     quantization = options.resolve_quantization(pair.target_config, pair.drafter_config)
-    formats = weight_formats(options.precision, quantization)
-    if quantization is None or formats is None:
+    if quantization is None or not options.keep_blocks or options.precision not in ONNX_RUNTIME_PRECISIONS:
         return quantization
+    keeping = replace(quantization, kept_blocks=True)
+    formats = weight_formats(options.precision, keeping)
     forms = [form for name in pair.target.names() if (form := pair.target.block_form(name)) is not None]
-    return replace(quantization, kept_blocks=quantization.kept_blocks and any(map(formats.keeps, forms)))
+    return keeping if formats is not None and any(map(formats.keeps, forms)) else quantization
 
 
 def _quantized(graph: Graph, pair: Pair, options: ExportOptions) -> Graph:

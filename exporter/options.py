@@ -128,7 +128,7 @@ class ExportOptions:
         blocks = "an even number of whole blocks" if unit == 2 else "whole blocks"
         demand = f"rows of {target.hidden_size}, the hidden size, have to be {blocks} of {bits} bits"
         chosen = self._block_size(fitting, [*_BLOCK_SIZES[self.precision], *WEIGHT_BLOCK_SIZES], demand, "fp32")
-        return Quantization(chosen, bits, self.accuracy_level or _ACCURACY_LEVEL, self.keep_blocks)
+        return Quantization(chosen, bits, self.accuracy_level or _ACCURACY_LEVEL)
 
     def _signed_block_size(self, target: DecoderConfig, drafter: DrafterConfig | None) -> int:
         """Weights of a block where DequantizeLinear wants whole ones."""

@@ -147,6 +147,11 @@ def test_packed_sequences() -> None:
         ("int8", {**QUANTIZATION, "vocabulary_bits": 16}, "vocabulary_bits is 16, but .* 'int8'; expected 4 or 8"),
         ("w4a16", {"block_size": 64, "vocabulary_bits": 8}, "vocabulary_bits is 8, but .* 'w4a16'; expected 16"),
         ("w4a16", {**QUANTIZATION, "vocabulary_bits": 16}, "accuracy_level is given, but the precision is 'w4a16'"),
+        (
+            "w4a16",
+            {"block_size": 64, "vocabulary_bits": 16, "kept_blocks": True},
+            "kept_blocks is true, but the precision is 'w4a16'",
+        ),
         ("w4a16", {"block_size": 64, "vocabulary_bits": 16}, None),
     ],
 )
@@ -159,6 +164,17 @@ def test_what_goes_with_which_precision(precision: str, quantization: dict[str, 
     else:
         with pytest.raises(BundleError, match=problem):
             Manifest.from_json(data)
+
+
+def test_kept_blocks_are_optional() -> None:
+    """Written only where some were kept."""
+    data = changed("quantization", {**QUANTIZATION, "kept_blocks": True})
+    kept = dataclasses.replace(dspark_manifest(), quantization=Quantization(32, 8, 4, True))
+    assert Manifest.from_json(data) == kept and kept.to_json() == data and validator().is_valid(data)
+    wrong = changed("quantization", {**QUANTIZATION, "kept_blocks": 1})
+    assert not validator().is_valid(wrong)
+    with pytest.raises(BundleError, match=r"kept_blocks is 1; expected true or false"):
+        Manifest.from_json(wrong)
 
 
 def test_the_schema_knows_quantization() -> None:
@@ -409,7 +425,7 @@ def test_the_schema_has_the_keys_of_the_dataclasses() -> None:
         optional = {
             DrafterFacts: ["draft_vocab_size"],
             Manifest: ["quantization", "shared_weights"],
-            Quantization: ["accuracy_level"],
+            Quantization: ["accuracy_level", "kept_blocks"],
         }.get(cls, [])
         assert definitions[cls.__name__]["required"] == [key for key in keys if key not in optional]
         assert definitions[cls.__name__]["additionalProperties"] is False
