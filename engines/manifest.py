@@ -72,7 +72,16 @@ WEIGHT_BLOCK_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = (1, 4)  # of MatMulNBits: activations are multiplied as float32, or rounded to int8
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
 MARKOV_HEADS = ("vanilla", "gated", "rnn", "none")
-ROLES = ("target", "drafter", "sampler", "sampler_greedy", "sampler_filtered", "target_packed", "drafter_packed")
+ROLES = (
+    "target",
+    "drafter",
+    "sampler",
+    "sampler_greedy",
+    "sampler_filtered",
+    "drafter_short",
+    "target_packed",
+    "drafter_packed",
+)
 REQUIRED_ROLES = ("target", "sampler", "sampler_greedy")  # and "drafter" where drafter.kind is "dspark"
 
 _SYMBOL = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -289,6 +298,14 @@ class Manifest(Record):
         return next(int(spec.shape[0]) for spec in graph.inputs if spec.name == "cache_lengths")
 
     @property
+    def short_block_size(self) -> int:
+        """Tokens of the block that the short drafter's graph drafts; 0 where there is none."""
+        graph = self.graphs.get("drafter_short")
+        if graph is None:
+            return 0
+        return next(int(spec.shape[1]) for spec in graph.outputs if spec.name == "draft_ids")
+
+    @property
     def widest_verification(self) -> int:
         """Tokens of the widest call that verifies: an anchor and a block of each sequence that may share it."""
         return max(self.packed_sequences, 1) * (self.drafter.block_size + 1)
@@ -328,6 +345,7 @@ class Manifest(Record):
             if role not in ROLES:
                 raise BundleError(f"{where}.graphs: {role!r} is not one of the roles {', '.join(ROLES)}")
         self._check_packed(where)
+        self._check_short(where)
         if not self.opsets:
             raise BundleError(f"{where}.opsets is empty; expected at least ONNX's own domain, ''")
         if len({record.path for record in self.files}) < len(self.files):
@@ -361,6 +379,19 @@ class Manifest(Record):
         wanted = {f"{role}_packed" for role in ("target", "drafter") if role in self.graphs}
         if found and found.keys() != wanted:
             raise BundleError(f"{where}.graphs: expected all of {', '.join(sorted(wanted))}, or none")
+
+    def _check_short(self, where: str) -> None:
+        """The short drafter's graph tells how many tokens it drafts: fewer than a block."""
+        graph = self.graphs.get("drafter_short")
+        if graph is None:
+            return
+        sizes = [spec.shape[1] for spec in graph.outputs if spec.name == "draft_ids" and len(spec.shape) == 2]
+        if len(sizes) != 1 or not isinstance(sizes[0], int):
+            raise BundleError(f"{where}.graphs: 'drafter_short' does not say how many tokens it drafts")
+        if "drafter" not in self.graphs or sizes[0] >= self.drafter.block_size:
+            raise BundleError(
+                f"{where}.graphs: 'drafter_short' drafts {sizes[0]} tokens, expected fewer than a drafter's block"
+            )
 
     def _check_shared(self, weight: SharedWeight, where: str) -> None:
         """A shared weight lies within its file, and belongs to graphs that there are."""

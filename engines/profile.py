@@ -69,7 +69,7 @@ class CostPoint(Record):
     """A measured cost."""
 
     batch: Positive  # sequences in the call
-    width: Positive  # tokens, or rows of logits, of each; the drafter's block
+    width: Positive  # tokens, or rows of logits, of each; of the drafter, its block
     context: Count  # cached tokens of each; 0 for the sampler, which does not depend on them
     median_s: NotNegative
     spread: NotNegative  # interquartile range, as a share of the median
@@ -149,9 +149,9 @@ class Profile(Record):
         """Seconds of a target call: each of `batch` sequences has `context` cached tokens and runs `width` more."""
         return self._models["sampler_greedy"].target_s(batch, width, context)
 
-    def draft_s(self, batch: int, context: int) -> float:
-        """Seconds of a greedy drafter call for `batch` blocks."""
-        return self._models["sampler_greedy"].draft_s(batch, context)
+    def draft_s(self, batch: int, context: int, block: int | None = None) -> float:
+        """Seconds of a greedy drafter call for `batch` blocks of so many tokens; None: of the largest that it has."""
+        return self._models["sampler_greedy"].draft_s(batch, context, block)
 
     def sampler_s(self, batch: int, width: int) -> float:
         """Seconds of greedy acceptance over `width` rows of logits a sequence."""
@@ -161,7 +161,7 @@ class Profile(Record):
     def _models(self) -> Mapping[SamplerRole, CostModel]:
         # What drafts of more sequences cost is measured only where one call makes them.
         batches = {point.batch for point in self.points["target"]}
-        tables = {role: _table(role, points, batches) for role, points in self.points.items()}
+        tables = {role: _table(points, batches) for role, points in self.points.items()}
         drawing = tables.get("drafter_drawing", tables["drafter"])
         filtered = tables.get("sampler_filtered", tables["sampler"])
         return {
@@ -183,11 +183,8 @@ class Profile(Record):
             grid = [(point.batch, point.width, point.context) for point in points]
             if (problem := _grid_problem(grid)) is not None:
                 raise BundleError(f"{at}: {problem}")
-            if (role.startswith("drafter") and len({point.width for point in points}) > 1) or (
-                role.startswith("sampler") and len({point.context for point in points}) > 1
-            ):
-                axis = "width" if role.startswith("drafter") else "context"
-                raise BundleError(f"{at} has points of several {axis}s; expected one")
+            if role.startswith("sampler") and len({point.context for point in points}) > 1:
+                raise BundleError(f"{at} has points of several contexts; expected one")
 
 
 def profile_name(device: Device) -> str:
@@ -277,10 +274,9 @@ def _axes(grid: Sequence[tuple[int, int, int]], batch: int) -> tuple[int, set[in
     return len(of_batch), {width for width, _ in of_batch}, {context for _, context in of_batch}
 
 
-def _table(role: str, points: tuple[CostPoint, ...], wanted: Set[int]) -> CostTable:
+def _table(points: tuple[CostPoint, ...], wanted: Set[int]) -> CostTable:
     """A role's table, of the batches that were measured and those that are wanted."""
-    block = role.startswith("drafter")  # the width of which is given: it is asked for as width 1
-    measured = {(point.batch, 1 if block else point.width, point.context): point for point in points}
+    measured = {(point.batch, point.width, point.context): point for point in points}
     of_points, widths, contexts = (sorted(set(axis)) for axis in zip(*measured, strict=True))
     batches = sorted({*of_points, *(batch for batch in wanted if batch > of_points[0])})
     grid = {

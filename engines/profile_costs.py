@@ -141,6 +141,11 @@ class CostTable:
     planes: tuple[Plane, ...]  # of the batches 1 … B
     per_sequence: Plane  # seconds for each sequence beyond B
 
+    @property
+    def widest(self) -> int:
+        """The widest that was measured."""
+        return len(self.planes[0].rows)
+
     def at(self, batch: int, width: int, context: int) -> float:
         """Seconds of a call.
 
@@ -170,16 +175,20 @@ class CostModel:
     """What a round of one kind of sampling costs on a device."""
 
     target: CostTable
-    drafter: CostTable  # of one width: a drafter's block has always the same
+    drafter: CostTable  # of the widths that a drafter's blocks have
     sampler: CostTable  # of one context: the sampler does not depend on it
 
     def target_s(self, batch: int, width: int, context: int) -> float:
         """Seconds of a target call: each of `batch` sequences has `context` cached tokens and runs `width` more."""
         return self.target.at(batch, width, context)
 
-    def draft_s(self, batch: int, context: int) -> float:
-        """Seconds of a drafter call for `batch` blocks."""
-        return self.drafter.at(batch, 1, context)
+    def draft_s(self, batch: int, context: int, block: int | None = None) -> float:
+        """Seconds of a drafter call for `batch` blocks.
+
+        Args:
+            block: tokens of each; None: as many as the largest has.
+        """
+        return self.drafter.at(batch, block or self.drafter.widest, context)
 
     def target_row(self, batch: int, widest: int, context: int) -> list[float]:
         """`target_s` at the widths 1 … widest."""

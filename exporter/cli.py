@@ -85,6 +85,11 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     type=int,
     help="ort: sequences that share a call when batches are verified, 0 for none.  [default: fp32 2, else 0]",
 )
+@click.option(
+    "--short-block",
+    type=int,
+    help="ort: tokens of a short draft, where a whole block does not pay, 0 for none.  [default: half a block of 6 up]",
+)
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="A folder or tokenizer.json to use instead.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 def export(target: str, drafter: str, output: Path, tokenizer: Path | None, overwrite: bool, **options: Any) -> None:

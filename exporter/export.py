@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from dspark_edge.engines.errors import CheckpointError, InvalidInputError
 from dspark_edge.engines.manifest import SCHEMA_VERSION, Limits, Manifest
 from dspark_edge.exporter.checkpoint import Checkpoint
 from dspark_edge.exporter.facts import drafter_facts, provenance, target_facts
-from dspark_edge.exporter.graphs import Graph, Report, pack_graphs, resolve_quantization, trace_graphs
+from dspark_edge.exporter.graphs import Graph, Report, pack_graphs, resolve_quantization, shorten_drafter, trace_graphs
 from dspark_edge.exporter.options import PRECISIONS, ExportOptions
 from dspark_edge.exporter.pair import NGRAM, Pair, check_weights, open_pair
 from dspark_edge.exporter.streaming import WeightStreamer, bytes_to_write, shared_weights
@@ -59,9 +59,15 @@ def _text_files(pair: Pair, tokenizer: str | Path | None) -> dict[str, bytes]:
 
 
 def _write_graphs(
-    writer: BundleWriter, graphs: Mapping[str, Graph], packed_sequences: int, block_size: int, report: Report
+    writer: BundleWriter,
+    graphs: Mapping[str, Graph],
+    derive: Callable[[Mapping[str, Graph]], Mapping[str, Graph]],
+    report: Report,
 ) -> dict[str, Graph]:
-    """Write graphs with their weights, and the packed ones that are made of them.
+    """Write graphs with their weights, and others that refer to these.
+
+    Args:
+        derive: makes the others, once the weights have their places.
 
     Returns:
         All that were written.
@@ -79,8 +85,7 @@ def _write_graphs(
     for role, graph in graphs.items():
         if graph.sources:
             streamer.write(f"{role}.onnx", graph.model, graph.sources)
-    # Now the others' weights have their places, to which the packed graphs refer.
-    all_graphs = {**graphs, **pack_graphs(graphs, packed_sequences, block_size)}
+    all_graphs = {**graphs, **derive(graphs)}
     for role, graph in all_graphs.items():
         if not graph.sources:
             writer.write_bytes(f"{role}.onnx", ir.to_proto(graph.model).SerializeToString())
@@ -129,6 +134,8 @@ def export_bundle(
         pair = open_pair(stack, target, drafter)
         quantization = resolve_quantization(pair, options)
         facts = drafter_facts(pair, options)
+        if pair.drafter_config is not None:
+            options.resolve_short_block(pair.drafter_config)  # refuses what cannot be before the work
         capacity = options.resolve_capacity(pair.target_config, facts.block_size)
         check_weights(pair, capacity, facts.candidates, TORCH_DTYPES[options.dtype])
         text_files = _text_files(pair, tokenizer)
@@ -136,7 +143,12 @@ def export_bundle(
         report("reading checkpoints", 1, 1)
         writer = stack.enter_context(BundleWriter(Path(output), overwrite))  # refuses a taken output before the work
         traced = trace_graphs(pair, options, capacity, report)
-        graphs = _write_graphs(writer, traced, options.resolve_packed(), facts.block_size, report)
+
+        def derive(written: Mapping[str, Graph]) -> Mapping[str, Graph]:
+            short = shorten_drafter(written, pair, options, capacity)
+            return {**short, **pack_graphs(written, options.resolve_packed(), facts.block_size)}
+
+        graphs = _write_graphs(writer, traced, derive, report)
         _write_texts(writer, pair, text_files)
         return writer.finish(
             Manifest(

@@ -82,12 +82,18 @@ class GraphRunner:
         self.lengths = self.lengths + width
         return logits
 
-    def draft(self, anchor_ids: HostArray, temperature: float, noise: HostArray) -> dict[str, HostArray]:
-        """Draft behind anchors [B] with noise [B, γ, K]; the caches stay valid up to the same lengths."""
+    def draft(
+        self, anchor_ids: HostArray, temperature: float, noise: HostArray, role: str = "drafter"
+    ) -> dict[str, HostArray]:
+        """Draft behind anchors [B] with noise [B, γ, K]; the caches stay valid up to the same lengths.
+
+        Args:
+            role: "drafter", or "drafter_short" for its shorter block.
+        """
         inputs = {
             "anchor_ids": anchor_ids,
             "cache_lengths": self.lengths,
             "temperature": np.full(len(anchor_ids), temperature, np.float32),
             "noise": noise,
         }
-        return self.run("drafter", inputs)
+        return self.run(role, inputs)

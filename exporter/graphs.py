@@ -24,7 +24,7 @@ from dspark_edge.exporter.tracing import TORCH_DTYPES, GraphContract, trace
 from dspark_edge.exporter.weight_rewrites import quantize_graph
 from dspark_edge.exporter.weights import Source
 
-__all__ = ["Graph", "Report", "pack_graphs", "resolve_quantization", "trace_graphs"]
+__all__ = ["Graph", "Report", "pack_graphs", "resolve_quantization", "shorten_drafter", "trace_graphs"]
 
 Report = Callable[[str, int, int], None]
 """Progress: what is being done, how much of it is done, how much there is."""
@@ -120,10 +120,11 @@ def _trace_target(pair: Pair, options: ExportOptions, capacity: int) -> Graph:
     return _quantized(Graph(model.clone(), contract, pair.target_sources(capacity)), pair, options)
 
 
-def _trace_drafter(pair: Pair, options: ExportOptions, capacity: int) -> Graph:
-    config = pair.drafter_config
-    if config is None:
+def _trace_drafter(pair: Pair, options: ExportOptions, capacity: int, block_size: int) -> Graph:
+    """The drafter's graph for blocks of so many tokens; its weights are the same for all."""
+    if pair.drafter_config is None:
         raise RuntimeError("an ngram drafter has no graph")
+    config = replace(pair.drafter_config, block_size=block_size)
     candidates, pool = options.resolve_candidates(config), options.resolve_pool(config)
     model, contract = _traced_drafter(config, candidates, pool, capacity, options.dtype, options.lowering)
     return _quantized(Graph(model.clone(), contract, pair.drafter_sources(capacity)), pair, options)
@@ -138,8 +139,8 @@ def _trace_sampler(role: str, vocab_size: int, lowering: str) -> ir.Model:
 def trace_graphs(pair: Pair, options: ExportOptions, capacity: int, report: Report) -> dict[str, Graph]:
     """Every graph of the bundle by role, the target first."""
     jobs: dict[str, Callable[[], Graph]] = {"target": lambda: _trace_target(pair, options, capacity)}
-    if pair.drafter is not None:
-        jobs["drafter"] = lambda: _trace_drafter(pair, options, capacity)
+    if (config := pair.drafter_config) is not None:
+        jobs["drafter"] = lambda: _trace_drafter(pair, options, capacity, config.block_size)
     vocabulary = pair.target_config.vocab_size
     for role, contract in sampler_contracts(vocabulary).items():
         jobs[role] = lambda role=role, contract=contract: Graph(  # type: ignore[misc]
@@ -151,6 +152,19 @@ def trace_graphs(pair: Pair, options: ExportOptions, capacity: int, report: Repo
         graphs[role] = job()
     report("tracing", len(jobs), len(jobs))
     return graphs
+
+
+def shorten_drafter(graphs: Mapping[str, Graph], pair: Pair, options: ExportOptions, capacity: int) -> dict[str, Graph]:
+    """The drafter's graph again for a short block, where the options ask for one; it refers to the other's weights."""
+    drafter, config = graphs.get("drafter"), pair.drafter_config
+    short = options.resolve_short_block(config) if config is not None else 0
+    if drafter is None or not short:
+        return {}
+    graph = _trace_drafter(pair, options, capacity, short)
+    weights = drafter.model.graph.initializers
+    for name in graph.sources:
+        graph.model.graph.initializers[name].const_value = weights[name].const_value
+    return {"drafter_short": Graph(graph.model, graph.contract, {})}
 
 
 def pack_graphs(graphs: Mapping[str, Graph], sequences: int, block_size: int) -> dict[str, Graph]:

@@ -33,6 +33,7 @@ _BLOCK_SIZES: Mapping[str, tuple[int, ...]] = {"int8": (64, 32), "int4": (32,)}
 _SIGNED_BLOCK_SIZE = 64  # the same of w4a16
 _VOCABULARY_BITS = (4, 8)  # of int4; rounding embedding and head to 4 costs more than it saves
 _PACKED_SEQUENCES = 2  # where reading weights leaves a processor time for them
+_LEAST_SHORTENED = 6  # tokens of a block that is worth a short one of half as many
 _ACCURACY_LEVEL = 4  # the kernels that a CPU is fast with
 
 
@@ -57,6 +58,7 @@ class ExportOptions:
     keep_blocks: bool = True  # int8, int4: take a GGUF file's own blocks as they are, where they fit
     # ort: sequences that packed graphs verify in one call, 0 for no such graphs; None: 2 in fp32, 0 elsewhere
     packed_sequences: int | None = None
+    short_block: int | None = None  # ort: tokens of a short draft, 0 for no such graph; None: half of a block, of 6 up
 
     def __post_init__(self) -> None:
         lowering = get_lowering(self.lowering)
@@ -78,6 +80,12 @@ class ExportOptions:
             )
         if self.packed_sequences is not None and (self.packed_sequences < 0 or self.packed_sequences == 1):
             raise InvalidInputError(f"packed_sequences is {self.packed_sequences}, expected 0 or at least 2")
+        if self.short_block and not lowering.packs:
+            raise InvalidInputError(
+                f"short_block is given, but the {self.lowering!r} lowering has no short drafts; choose 'ort'"
+            )
+        if self.short_block is not None and self.short_block < 0:
+            raise InvalidInputError(f"short_block is {self.short_block}, expected 0 or more")
         if self.max_batch > 1 and not lowering.batched:
             raise InvalidInputError(
                 f"the {self.lowering!r} lowering runs one sequence at a time; "
@@ -166,6 +174,21 @@ class ExportOptions:
         if self.packed_sequences is not None:
             return self.packed_sequences
         return _PACKED_SEQUENCES if get_lowering(self.lowering).packs and self.precision == "fp32" else 0
+
+    def resolve_short_block(self, drafter: DrafterConfig) -> int:
+        """Tokens of a short draft; 0 for no such graph.
+
+        Raises:
+            InvalidInputError: it is no shorter than a block.
+        """
+        if self.short_block is not None:
+            if self.short_block >= drafter.block_size:
+                raise InvalidInputError(
+                    f"short_block is {self.short_block}, expected fewer than a block's {drafter.block_size}"
+                )
+            return self.short_block
+        short = get_lowering(self.lowering).packs and drafter.block_size >= _LEAST_SHORTENED
+        return drafter.block_size // 2 if short else 0
 
     def resolve_capacity(self, target: DecoderConfig, block_size: int) -> int:
         """The capacity to export with.

@@ -154,6 +154,8 @@ def _compare_models(
     positions = reference.logits.shape[1]
     logits, parts = OutputErrors("logits"), list[HostArray]()
     drafted = {spec.name: OutputErrors(spec.name) for spec in _draft_outputs(manifest)}
+    has_short = bool(manifest.short_block_size)
+    shortly = {name: OutputErrors(f"short.{name}") for name in drafted} if has_short else {}
     for begin, end in chunks(positions):
         report("engine", begin, positions)
         given, expected = runner.extend(reference.token_ids[:, begin:end]), reference.logits[:, begin:end]
@@ -163,6 +165,10 @@ def _compare_models(
         for case in reference.drafts:
             if case.length == end:
                 _add_draft(drafted, runner.draft(reference.token_ids[:, end], case.temperature, case.noise), case)
+        for case in reference.short_drafts:
+            if case.length == end:
+                given = runner.draft(reference.token_ids[:, end], case.temperature, case.noise, "drafter_short")
+                _add_draft(shortly, given, case)
     report("engine", positions, positions)
     caches: dict[str, OutputErrors] = {}
     for output, name in manifest.graphs["target"].aliases.items():
@@ -170,7 +176,7 @@ def _compare_models(
         label = output if layers else f"{prefix.rpartition('.')[0]}.{kind}"
         valid = np.asarray(runner.caches[name].read())[:, :, :positions]
         caches.setdefault(label, OutputErrors(label)).add(valid, reference.caches[name][:, :, :positions], output)
-    rows = [errors.row(tolerance) for errors in (logits, *caches.values(), *drafted.values())]
+    rows = [errors.row(tolerance) for errors in (logits, *caches.values(), *drafted.values(), *shortly.values())]
     return rows, np.concatenate(parts, axis=1)
 
 

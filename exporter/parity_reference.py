@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 
 import numpy as np
@@ -40,6 +40,7 @@ class Reference:
     logits: HostArray  # [1, P, V]
     caches: Mapping[str, HostArray]  # by the names of the target graph's inputs, [1, heads, P + γ, D]
     drafts: tuple[DraftCase, ...]
+    short_drafts: tuple[DraftCase, ...]  # of the short drafter's graph, where there is one
 
 
 def check_fit(manifest: Manifest, pair: Pair) -> None:
@@ -120,23 +121,30 @@ def make_reference(pair: Pair, manifest: Manifest, positions: int, seed: int) ->
     sources = pair.target_sources(positions + manifest.drafter.block_size)
     logits, caches = run_target(pair, _as_stored(sources, manifest), manifest, token_ids[:, :-1])
     drafts: tuple[DraftCase, ...] = ()
-    if pair.drafter is not None:
+    short_drafts: tuple[DraftCase, ...] = ()
+    if pair.drafter_config is not None:
         context = list(caches.values())[2 * pair.target_config.num_layers :]
         drafts = _reference_drafts(pair, manifest, token_ids, context, generator)
-    return Reference(token_ids, logits, {name: cache.numpy() for name, cache in caches.items()}, drafts)
+        if short := manifest.short_block_size:
+            shortened = replace(pair, drafter_config=replace(pair.drafter_config, block_size=short))
+            short_drafts = _reference_drafts(shortened, manifest, token_ids, context, generator)
+    cached = {name: cache.numpy() for name, cache in caches.items()}
+    return Reference(token_ids, logits, cached, drafts, short_drafts)
 
 
 def _reference_drafts(
     pair: Pair, manifest: Manifest, token_ids: HostArray, context: list[torch.Tensor], generator: np.random.Generator
 ) -> tuple[DraftCase, ...]:
     """Blocks behind every chunk, greedy and drawn. The context may reach beyond an anchor: no block looks there."""
-    facts, slots = manifest.drafter, context[0].shape[2]
+    facts, config, slots = manifest.drafter, pair.drafter_config, context[0].shape[2]
+    if config is None:
+        raise RuntimeError("an ngram drafter has no blocks")
     build = pair.build_drafter
     pool = facts.candidate_pool or None
     sources = _as_stored(pair.drafter_sources(slots), manifest)
     drafter = _loaded(lambda: build(slots, facts.candidates, pool, torch.float32), sources)
     names = [spec.name for spec in manifest.graphs["drafter"].outputs]
-    shape = (1, facts.block_size, facts.candidates)
+    shape = (1, config.block_size, facts.candidates)
     cases = []
     for _, length in chunks(token_ids.shape[1] - 1):
         noises = {0.0: np.zeros(shape, np.float32), 1.0: generator.gumbel(size=shape).astype(np.float32)}

@@ -264,11 +264,39 @@ class ModelVerifier:
         return sampler.accept(verify_length, request.params, request.random)
 
 
+class _Block:
+    """A drafter's graph for blocks of one size, and its buffers."""
+
+    def __init__(self, engine: Engine, caches: Caches, role: str) -> None:
+        self._engine, self._caches, self._role = engine, caches, role
+        self._graph = engine.bundle.manifest.graphs[role]
+        self.buffers: dict[str, Buffer] = {}
+        for spec in (*self._graph.inputs, *self._graph.outputs):
+            # base_logits are for inspection; what is not bound is not delivered
+            if spec.name not in caches.buffers and spec.name not in self._graph.aliases and spec.name != "base_logits":
+                self.buffers[spec.name] = engine.allocate(spec.dtype, sized(spec, {"batch": 1}))
+        self.candidates = Candidates(
+            self.buffers["draft_ids"], self.buffers["candidate_ids"], self.buffers["candidate_probs"]
+        )
+        self.size = self.candidates.draft_ids.shape[1]
+        self.confidence_logits = self.buffers.get("confidence_logits")
+        self._call = self._bind()
+
+    def run(self) -> None:
+        if self._call_version != self._caches.version:
+            self._call = self._bind()
+        self._call.run()
+
+    def _bind(self) -> Call:
+        self._call_version = self._caches.version
+        return self._engine.bind(self._role, {**self.buffers, **self._caches.of(self._graph)})
+
+
 class ModelDrafter:
     """A trained drafter's graph; shares the verifier's caches.
 
     Args:
-        engine: executes the graph.
+        engine: executes the graph, and the one for short blocks where the bundle has it and one is asked for.
         caches: the verifier's.
         calibration: what makes chances of the confidence logits; None takes the logits at their word.
     """
@@ -277,48 +305,42 @@ class ModelDrafter:
         manifest = engine.bundle.manifest
         facts = manifest.drafter
         self._engine, self._caches = engine, caches
-        self._graph = manifest.graphs["drafter"]
         self._limit = manifest.limits.capacity
-        self._block_size, self._num_candidates = facts.block_size, facts.candidates
+        self._num_candidates = facts.candidates
         self._calibration, self._uncalibrated = calibration, Scaling.identity(facts.block_size)
-        self._buffers: dict[str, Buffer] = {}
-        for spec in (*self._graph.inputs, *self._graph.outputs):
-            # base_logits are for inspection; what is not bound is not delivered
-            if spec.name not in caches.buffers and spec.name not in self._graph.aliases and spec.name != "base_logits":
-                self._buffers[spec.name] = engine.allocate(spec.dtype, sized(spec, {"batch": 1}))
-        self._candidates = Candidates(
-            self._buffers["draft_ids"], self._buffers["candidate_ids"], self._buffers["candidate_probs"]
-        )
-        self._confidence_logits = self._buffers.get("confidence_logits")
-        self._call = self._bind()
+        self._whole = _Block(engine, caches, "drafter")
+        self._short_size = manifest.short_block_size
+        self._short: _Block | None = None  # loaded when it is first asked for
 
     @property
     def block_size(self) -> int:
-        return self._block_size
+        return self._whole.size
 
-    def draft(self, request: Request) -> Draft:
-        start = request.sequence.cache_length
-        if start + self._block_size > self._limit:  # the block's own keys and values have no room
+    def draft(self, request: Request, length: int) -> Draft:
+        start, block = request.sequence.cache_length, self._block(length)
+        if start + block.size > self._limit:  # the block's own keys and values have no room
             return NO_DRAFT
-        self._caches.ensure(start + self._block_size)
-        if self._call_version != self._caches.version:
-            self._call = self._bind()
-        buffers, params = self._buffers, request.params
+        self._caches.ensure(start + block.size)
+        buffers, params = block.buffers, request.params
         buffers["anchor_ids"].write(request.sequence.anchor)
         buffers["cache_lengths"].write(start)
         buffers["temperature"].write(params.temperature)
         if params.greedy:
             buffers["noise"].write(0.0)
         else:
-            buffers["noise"].write(request.random.gumbels(1, self._block_size, self._num_candidates))
-        self._call.run()
+            buffers["noise"].write(request.random.gumbels(1, block.size, self._num_candidates))
+        block.run()
         logits = confidences = None
-        if self._confidence_logits is not None:
-            logits = tuple(self._confidence_logits.read()[0].tolist())
+        if block.confidence_logits is not None:
+            logits = tuple(block.confidence_logits.read()[0].tolist())
             scaling = self._calibration.at(params.temperature) if self._calibration else self._uncalibrated
             confidences = scaling.confidences(logits)
-        return Draft(tuple(buffers["draft_ids"].read()[0].tolist()), logits, self._candidates, confidences)
+        return Draft(tuple(block.candidates.draft_ids.read()[0].tolist()), logits, block.candidates, confidences)
 
-    def _bind(self) -> Call:
-        self._call_version = self._caches.version
-        return self._engine.bind("drafter", {**self._buffers, **self._caches.of(self._graph)})
+    def _block(self, length: int) -> _Block:
+        """The smallest that has so many tokens, or else the largest."""
+        if length > self._short_size:
+            return self._whole
+        if self._short is None:
+            self._short = _Block(self._engine, self._caches, "drafter_short")
+        return self._short

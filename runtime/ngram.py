@@ -71,7 +71,7 @@ class NgramDrafter:
     def block_size(self) -> int:
         return self._block_size
 
-    def draft(self, request: Request) -> Draft:
+    def draft(self, request: Request, length: int) -> Draft:
         sequence = request.sequence
         if sequence is not self._sequence:
             self._sequence, self._index = sequence, NgramIndex(self._smallest, self._largest)

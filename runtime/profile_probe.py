@@ -45,6 +45,7 @@ class RoundTimes:
     draft_s: float | None  # None where nothing was drafted
     target_s: float  # from the draft to the end of the target's call
     sampler_s: float  # from there to the verdict
+    block: int | None = None  # tokens of the draft, if it was a short one
 
 
 class RoundProbe(Protocol):
@@ -82,6 +83,7 @@ class StreamProbe:
         self._engine = _MarkingEngine(engine, clock)
         self._vocabulary = engine.bundle.manifest.target.vocab_size
         self._block_size = engine.bundle.manifest.drafter.block_size
+        self._short_block = engine.bundle.manifest.short_block_size
         self._verifier = ModelVerifier(self._engine, _PREFILL_CHUNK)
         caches = self._verifier.caches
         caches.ensure(longest)  # growing later would void what rounds have bound
@@ -100,7 +102,9 @@ class StreamProbe:
         request = self._request(context, sampler)
         clock = self._clock
         started = clock()
-        draft = self._drafter.draft(request) if width > 1 else NO_DRAFT
+        # A short draft where it has all tokens that are verified.
+        block = self._short_block if 1 < width <= self._short_block + 1 else None
+        draft = self._drafter.draft(request, block or self._block_size) if width > 1 else NO_DRAFT
         draft_s = clock() - started
         if len(draft.token_ids) < width - 1:  # prompt lookup in a context that is too short for a block
             draft = self._stand_in
@@ -108,7 +112,7 @@ class StreamProbe:
         self._verifier.verify(request, draft, width - 1)
         verified = clock()
         target_ended = self._engine.ended["target"]
-        return RoundTimes(draft_s if width > 1 else None, target_ended - started, verified - target_ended)
+        return RoundTimes(draft_s if width > 1 else None, target_ended - started, verified - target_ended, block)
 
     def _request(self, context: int, sampler: SamplerRole) -> Request:
         request = self._requests.get((context, sampler))

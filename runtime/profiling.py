@@ -89,7 +89,7 @@ def plan_profile(
     batches: Sequence[int] = (),
     budget_s: float = 60.0,
 ) -> ProfilePlan:
-    """What to measure of a bundle. 1 and γ + 1 are always among the widths.
+    """What to measure of a bundle. 1 and γ + 1 are always among the widths, and the widest of a short draft.
 
     Packed calls are priced as a single sequence's of as many tokens, so that these are measured, too.
 
@@ -127,7 +127,8 @@ def plan_profile(
             raise InvalidInputError(f"batch {batch}: the bundle was exported for 1 to {manifest.limits.max_batch}")
     if not budget_s > 0:
         raise InvalidInputError(f"the budget is {budget_s} s, expected more than 0")
-    measured = tuple(sorted({1, block + 1, widest, *(widths or _usual_widths(widest, block + 1))}))
+    ends = {1, block + 1, widest, *({short + 1} if (short := manifest.short_block_size) else ())}
+    measured = tuple(sorted({*ends, *(widths or _usual_widths(widest, block + 1))}))
     return ProfilePlan(
         batches=tuple(sorted({1, *batches})),  # what larger batches lack is derived from a single sequence's
         widths=measured,
@@ -221,7 +222,7 @@ class _Samples:
             self._append(sampler, batch, width, 0, times.sampler_s)
         if times.draft_s is not None:
             role = "drafter" if sampler == "sampler_greedy" else "drafter_drawing"
-            self._append(role, batch, self._plan.block_size, context, times.draft_s)
+            self._append(role, batch, times.block or self._plan.block_size, context, times.draft_s)
 
     def enough(self, elapsed_s: float) -> bool:
         """Whether to stop; `elapsed_s` is when another sweep would end."""

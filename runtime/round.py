@@ -78,8 +78,12 @@ class Drafter(Protocol):
     @property
     def block_size(self) -> int: ...
 
-    def draft(self, request: Request) -> Draft:
-        """At most a block of tokens; none where it has nothing to propose or no room to work in."""
+    def draft(self, request: Request, length: int) -> Draft:
+        """At most a block of tokens; none where it has nothing to propose or no room to work in.
+
+        Args:
+            length: how many are wanted at least; a drafter that drafts as many for less may stop there.
+        """
 
 
 class Verifier(Protocol):
@@ -96,8 +100,8 @@ class Verifier(Protocol):
 class Policy(Protocol):
     """Decides for one request, round by round: whether to draft, and how much of the draft to verify."""
 
-    def wants_draft(self, context: int) -> bool:
-        """Whether to run the drafter in this round, with `context` tokens cached."""
+    def draft_length(self, context: int) -> int:
+        """How many tokens to draft at least in this round, with `context` tokens cached; 0: the drafter is not run."""
 
     def verify_length(self, draft: Draft, room: int, context: int) -> int:
         """How many draft tokens to verify: at most the draft and the room behind the anchor."""
@@ -127,8 +131,8 @@ class FixedLength:
 
     length: int
 
-    def wants_draft(self, context: int) -> bool:
-        return self.length > 0
+    def draft_length(self, context: int) -> int:
+        return self.length
 
     def verify_length(self, draft: Draft, room: int, context: int) -> int:
         return min(self.length, room, len(draft.token_ids))
@@ -177,9 +181,9 @@ def decode_round(request: Request, verifier: Verifier, drafter: Drafter | None, 
     room = verifier.capacity - position - 1  # slots behind the anchor's own
 
     started = perf_counter()
-    drafts = drafter is not None and room > 0 and policy.wants_draft(position)
+    length = policy.draft_length(position) if drafter is not None and room > 0 else 0
     decided = perf_counter()
-    draft = drafter.draft(request) if drafter is not None and drafts else NO_DRAFT
+    draft = drafter.draft(request, length) if drafter is not None and length else NO_DRAFT
 
     drafted = perf_counter()
     verify_length = policy.verify_length(draft, room, position)

@@ -87,6 +87,7 @@ def kinds_of(
     scheduler: Scheduler | None,
     parking: ParkingOptions | None,
     calibration: Calibration | None,
+    short_block: int = 0,
 ) -> dict[str, Kind]:
     """A controller, with costs that follow the machine, for each kind of sampler that costs are given of.
 
@@ -97,6 +98,7 @@ def kinds_of(
         scheduler: chooses verify lengths; None: the default.
         parking: when not to draft; None: the default.
         calibration: the drafter's; its acceptance is what the first requests start from.
+        short_block: tokens of the drafter's short block; 0: it has none.
     """
     kinds = {}
     for role, profiled in costs.items():
@@ -108,6 +110,7 @@ def kinds_of(
             parking or ParkingOptions(),
             mean_conditionals(calibration, 0.0 if role == "sampler_greedy" else 1.0),
             corrected.target_doubt,
+            short_block,
         )
         kinds[role] = Kind(controller, corrected)
     return kinds
@@ -123,6 +126,7 @@ class StreamScheduling:
         parking: when not to draft.
         calibration: the drafter's; its acceptance is what the first request starts from.
         width: tokens of every verification, in bit-exact mode; None: as many as there are to verify.
+        short_block: tokens of the drafter's short block; 0: it has none.
     """
 
     def __init__(
@@ -133,10 +137,11 @@ class StreamScheduling:
         parking: ParkingOptions | None = None,
         calibration: Calibration | None = None,
         width: int | None = None,
+        short_block: int = 0,
     ) -> None:
         self.width = width
         pricing: Callable[[Costs], Pricing] = Serial if width is None else partial(FixedWidth, width=width)
-        self._kinds = kinds_of(costs, pricing, block_size, scheduler, parking, calibration)
+        self._kinds = kinds_of(costs, pricing, block_size, scheduler, parking, calibration, short_block)
 
     @classmethod
     def of_device(
@@ -151,7 +156,13 @@ class StreamScheduling:
         costs = profiled_costs(bundle, device, needed=needed)
         if costs is None:
             return None
-        return cls(costs, bundle.manifest.drafter.block_size, calibration=Calibration.load(bundle), width=width)
+        return cls(
+            costs,
+            bundle.manifest.drafter.block_size,
+            calibration=Calibration.load(bundle),
+            width=width,
+            short_block=bundle.manifest.short_block_size,
+        )
 
     def policy(self, params: SamplingParams) -> ScheduledPolicy:
         """For one request."""
@@ -177,19 +188,23 @@ class ScheduledPolicy:
         self._prediction: Prediction | None = None
         self._rest = 0  # rounds to come that are as the last one was
         self._rested = 0  # that the controller was not told of
+        self._block: int | None = None  # tokens of the draft of this round; None: a whole block's
 
-    def wants_draft(self, context: int) -> bool:
+    def draft_length(self, context: int) -> int:
         if self._rest:
-            return False
+            return 0
         if self._rested:
             self._controller.rested(self._states, self._rested)
             self._rested = 0
-        return self._controller.drafting(self._states, (context,))[0]
+        if not self._controller.drafting(self._states, (context,))[0]:
+            return 0
+        self._block = self._controller.short_block(self._states[0], context)
+        return self._block or self._controller.block_size
 
     def verify_length(self, draft: Draft, room: int, context: int) -> int:
         if self._rest:
             return 0
-        offer = Offer(min(len(draft.token_ids), room), draft.confidences, context, self._greedy)
+        offer = Offer(min(len(draft.token_ids), room), draft.confidences, context, self._greedy, self._block)
         plan = self._controller.plan(self._states, (offer,))
         self._plan, self._prediction = plan, Prediction(plan.draft_s, plan.verify_s, plan.plain_s)
         return plan.lengths[0]
@@ -206,7 +221,7 @@ class ScheduledPolicy:
             return
         started = perf_counter()
         if record.drafted:
-            self._costs.observe_draft(1, record.position, record.draft_s)
+            self._costs.observe_draft(1, record.position, record.draft_s, self._block)
         width = self._width or 1 + record.verify_length
         self._costs.observe_verification(1, width, record.position, record.verify_s)
         self._rest = self._controller.record(self._states, self._plan, (record.accepted_length - 1,))

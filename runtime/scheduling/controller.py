@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 from dspark_edge.runtime.scheduling.history import History, unknown_acceptance
@@ -53,6 +54,10 @@ _HOPE, _MOST_HOPE = 4, 5.0
 # Behind a round without a draft, most rounds that are not decided on. The model has pushed all this out of the caches
 # when it is asked again: a decision takes 0.2 ms then, five times as long as in a loop of its own.
 _MOST_REST = 3
+# Short drafts before a whole block is tried again, which costs about a tenth of a token: doubled after each trial that
+# does not pay. What a trial wins counts for a quarter of what is known, since trials are few, later blocks for a tenth.
+_FIRST_TRIAL, _LONGEST_TRIAL = 8, 64
+_TRIAL_GAIN, _WHOLE_BLOCK_GAIN = 0.25, 0.1
 
 
 class Offer(NamedTuple):
@@ -62,6 +67,7 @@ class Offer(NamedTuple):
     confidences: tuple[float, ...] | None  # calibrated and conditional, at least `drafted`; None: the drafter has none
     context: int  # cached tokens
     greedy: bool  # temperature 0
+    block: int | None = None  # tokens that the drafter was run for; None: of a whole block
 
 
 class Plan(NamedTuple):
@@ -83,6 +89,34 @@ class SequenceState:
     parking: Parking
 
 
+class WholeBlocks:
+    """Whether the tokens behind a short draft are worth their draft and verification, over recent rounds.
+
+    Args:
+        won: tokens a round that they are expected to win, less what plain decoding makes in their time.
+    """
+
+    def __init__(self, won: float) -> None:
+        self._won = won
+        self._wait = _FIRST_TRIAL  # short drafts between two trials of a whole block
+        self._passed = 0
+
+    def pay(self) -> bool:
+        """Whether the next draft is to be of a whole block: they pay, or it is time to see."""
+        return self._won >= 0 or self._passed >= self._wait
+
+    def passed(self) -> None:
+        """A short draft was made."""
+        self._passed += 1
+
+    def observe(self, won: float) -> None:
+        """What a round with a whole block has won."""
+        trial, self._passed = self._won < 0, 0
+        self._won += (_TRIAL_GAIN if trial else _WHOLE_BLOCK_GAIN) * (won - self._won)
+        if trial:
+            self._wait = min(2 * self._wait, _LONGEST_TRIAL) if self._won < 0 else _FIRST_TRIAL
+
+
 class Controller:
     """Scheduling and parking of one engine. Not for several threads at once.
 
@@ -93,6 +127,7 @@ class Controller:
         options: of parking; None: never park (a scheduler of fixed lengths is to be measured as it is).
         conditionals: [γ] mean conditional acceptance by position, of a calibration; None: nothing is known.
         target_doubt: `CorrectedCosts.target_doubt`, where the costs are corrected.
+        short_block: tokens of a draft that costs less than a block, for single sequences; 0: there is none.
     """
 
     def __init__(
@@ -103,6 +138,7 @@ class Controller:
         options: ParkingOptions | None = None,
         conditionals: Sequence[float] | None = None,
         target_doubt: Callable[[int, int, int], float] | None = None,
+        short_block: int = 0,
     ) -> None:
         self._scheduler, self._pricing, self._options = scheduler, pricing, options
         self._block_size = block_size
@@ -113,6 +149,23 @@ class Controller:
         self._overhead_s = 0.0  # a drafted round
         self._target_doubt = target_doubt
         self._rounds_since_check = _ROUNDS_BETWEEN_CHECKS
+        self._short = short_block or None
+        self._whole_blocks = WholeBlocks(self._forecast_of_whole_blocks())
+
+    @property
+    def block_size(self) -> int:
+        """γ."""
+        return self._block_size
+
+    def short_block(self, state: SequenceState, context: int) -> int | None:
+        """Tokens of the short draft that a sequence is to get; None: a whole block.
+
+        A probe is short, since it asks whether the first tokens pay. Otherwise it depends on what the tokens behind a
+        short draft have brought lately.
+        """
+        if self._short is None:
+            return None
+        return self._short if state.parking.probing or not self._whole_blocks.pay() else None
 
     def observe_overhead(self, seconds: float) -> None:
         """Deciding and learning took so long in a round with a draft: it is charged to drafting."""
@@ -162,7 +215,7 @@ class Controller:
         for joins, wait, index in turns:
             if joins and not willing:
                 break
-            price = costs.draft_s(willing + 1, context)
+            price = self._draft_s(willing + 1, context, self._short)
             more = (price - paid + (0.0 if willing else self._overhead_s)) * tokens_by_second
             hopeful = willing > 0 and states[index].history.expected[0] > 2 * more
             if not hopeful:
@@ -198,7 +251,7 @@ class Controller:
             lengths=lengths,
             offers=tuple(offers),
             proposals=proposals,
-            draft_s=self._pricing.costs.draft_s(drafted, max(contexts)),
+            draft_s=self._draft_s(drafted, max(contexts), offers[0].block),
             verify_s=self._pricing.verify_s(lengths, contexts) if any(lengths) else plain_s,
             plain_s=plain_s,
         )
@@ -228,6 +281,8 @@ class Controller:
         options = self._options
         if not plan.proposals:
             return self._pass(states, 1)
+        if self._short is not None:
+            self._judge_block(states, plan, accepted[0], self._short)
         self._count(states, 1)
         size = len(states).bit_length()
         known = self._evidence_of(len(states))
@@ -301,19 +356,56 @@ class Controller:
         contexts = [0] * group
         plain_s = self._pricing.verify_s([0] * group, contexts)
 
-        def of(drafters: int) -> Evidence:
+        def of(drafters: int, block: int | None = None) -> Evidence:
             prices = [
                 self._pricing.verify_s([length] * drafters + [0] * (group - drafters), contexts)
-                for length in range(self._block_size + 1)
+                for length in range((block or self._block_size) + 1)
             ]
             each = group / drafters  # every second costs the whole group
             return forecast_evidence(
-                conditionals,
+                conditionals[: len(prices) - 1],
                 [plain_s + (price - plain_s) * each for price in prices],
-                (self._pricing.costs.draft_s(drafters, 0) + self._overhead_s) * each,
+                (self._draft_s(drafters, 0, block) + self._overhead_s) * each,
             )
 
-        return max(map(of, {1, group}), key=lambda evidence: evidence.gain)
+        found = [of(drafters) for drafters in {1, group}]
+        if self._short is not None:
+            found.append(of(1, self._short))
+        return max(found, key=lambda evidence: evidence.gain)
+
+    def _draft_s(self, drafters: int, context: int, block: int | None) -> float:
+        costs = self._pricing.costs  # which need not know blocks of several sizes
+        return costs.draft_s(drafters, context) if block is None else costs.draft_s(drafters, context, block)
+
+    def _forecast_of_whole_blocks(self) -> float:
+        """What the calibration lets expect of a round's tokens behind a short draft, less what they cost: tokens.
+
+        By the mean chances. Rounds in which the confidences tell are worth more: that is seen in a first trial.
+        """
+        short, conditionals = self._short, self._conditionals
+        if short is None or conditionals is None:
+            return 0.0
+        plain_s, chance, best, sum_ = self._pricing.verify_s((0,), (0,)), prod(conditionals[:short]), 0.0, 0.0
+        base_s = self._pricing.verify_s((short,), (0,))
+        for length in range(short + 1, self._block_size + 1):
+            chance *= conditionals[length - 1]
+            sum_ += chance
+            best = max(best, sum_ - (self._pricing.verify_s((length,), (0,)) - base_s) / plain_s)
+        return best - (self._draft_s(1, 0, None) - self._draft_s(1, 0, short)) / plain_s
+
+    def _judge_block(self, states: Sequence[SequenceState], plan: Plan, accepted: int, short: int) -> None:
+        """Learn from a single sequence's drafted round whether a whole block pays."""
+        offer = plan.offers[0]
+        if offer.block is not None:
+            self._whole_blocks.passed()
+            return
+        length, claims = plan.lengths[0], plan.proposals[0].survivals
+        claim = sum(claims[short:length])
+        tokens = claim + _OUTCOME_SHARE * (max(accepted - short, 0) - claim)
+        seconds = self._draft_s(1, offer.context, None) - self._draft_s(1, offer.context, short)
+        if length > short:
+            seconds += plan.verify_s - self._pricing.verify_s((short,), (offer.context,))
+        self._whole_blocks.observe(tokens - seconds * self._pace(states) / plan.plain_s)
 
     def _pace(self, states: Sequence[SequenceState]) -> float:
         """Speed-up over plain decoding of recent rounds: the mean over the group, where a parked one has 1."""

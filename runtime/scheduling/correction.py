@@ -94,9 +94,9 @@ class CorrectedCosts:
         seconds = self.base.target_s(batch, width, context) * drift.factor
         return seconds * self._own_factor(_bucket("target", batch, width, context))
 
-    def draft_s(self, batch: int, context: int) -> float:
-        seconds = self.base.draft_s(batch, context) * self._shared_factor
-        return seconds * self._own_factor(_bucket("draft", batch, 0, context))
+    def draft_s(self, batch: int, context: int, block: int | None = None) -> float:
+        seconds = self._base_draft_s(batch, context, block) * self._shared_factor
+        return seconds * self._own_factor(_bucket("draft", batch, block or 0, context))
 
     def sampler_s(self, batch: int, width: int) -> float:
         seconds = self.base.sampler_s(batch, width) * self._shared_factor
@@ -134,9 +134,10 @@ class CorrectedCosts:
         self._move(found, residual - drift.value, max(_GAIN, _FIRST_GAIN / (1 + found.count)), _LARGEST_STEP + moved)
         found.drift = drift.value
 
-    def observe_draft(self, batch: int, context: int, seconds: float) -> None:
+    def observe_draft(self, batch: int, context: int, seconds: float, block: int | None = None) -> None:
         """A drafter call took so long."""
-        self._observe_local(_bucket("draft", batch, 0, context), seconds, self.base.draft_s(batch, context))
+        profiled = self._base_draft_s(batch, context, block)
+        self._observe_local(_bucket("draft", batch, block or 0, context), seconds, profiled)
 
     def observe_sampler(self, batch: int, width: int, seconds: float) -> None:
         """An acceptance took so long."""
@@ -157,6 +158,10 @@ class CorrectedCosts:
         drift, other = self._classes(width)
         found = self._deviations.get(_bucket("target", batch, width, context))
         return abs(drift.prediction(other) - (found.drift if found is not None else 0.0))
+
+    def _base_draft_s(self, batch: int, context: int, block: int | None) -> float:
+        # Costs that know blocks of one size only need not take another.
+        return self.base.draft_s(batch, context) if block is None else self.base.draft_s(batch, context, block)
 
     def _base_rows(self, batch: int, widest: int, context: int) -> tuple[list[float], list[float]]:
         """As profiled: of the target, and of the acceptance, which does not depend on the context."""

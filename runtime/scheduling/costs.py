@@ -17,8 +17,12 @@ class Costs(Protocol):
     def target_s(self, batch: int, width: int, context: int) -> float:
         """One call of the target."""
 
-    def draft_s(self, batch: int, context: int) -> float:
-        """One call of the drafter: a block for each sequence."""
+    def draft_s(self, batch: int, context: int, block: int | None = None) -> float:
+        """One call of the drafter: a block for each sequence.
+
+        Args:
+            block: tokens of it, where the drafter has blocks of several sizes; None: of the largest.
+        """
 
     def sampler_s(self, batch: int, width: int) -> float:
         """The acceptance of `width` rows of logits a sequence."""

@@ -53,7 +53,7 @@ class ScriptedDrafter:
     block_size: int = 5
     script: Script = scripted_next
 
-    def draft(self, request: Request) -> Draft:
+    def draft(self, request: Request, length: int = 0) -> Draft:
         prefix = list(request.sequence.token_ids)
         token_ids = []
         for step in range(self.block_size):

@@ -124,7 +124,7 @@ class OracleDrafter:
         )
         self.candidates.candidate_probs.write(1.0)
 
-    def draft(self, request: Request) -> Draft:
+    def draft(self, request: Request, length: int = 0) -> Draft:
         return self._draft(0, request)
 
     def _draft(self, slot: int, request: Request) -> Draft:

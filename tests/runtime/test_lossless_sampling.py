@@ -87,7 +87,7 @@ class WrongDrafter:
         self.candidates.candidate_ids.write(self.tokens)
         self.candidates.candidate_probs.write(self.probs)
 
-    def draft(self, request: Request) -> Draft:
+    def draft(self, request: Request, length: int = 0) -> Draft:
         noise = request.random.gumbels(self.block_size, len(self.tokens))
         drawn = self.tokens[(np.log(self.probs) + noise).argmax(axis=1)]
         self.candidates.draft_ids.write(drawn[None])

@@ -63,7 +63,7 @@ def test_a_block_that_would_pass_the_capacity_is_shortened() -> None:
 
 def test_the_last_slot_is_decoded_plainly_without_asking_the_drafter() -> None:
     class Unwanted(ScriptedDrafter):
-        def draft(self, request: Request) -> Draft:
+        def draft(self, request: Request, length: int = 0) -> Draft:
             raise AssertionError("there is no room for a draft")
 
     request, verifier = make_request(), ScriptedVerifier(capacity=len(PROMPT))
@@ -72,12 +72,12 @@ def test_the_last_slot_is_decoded_plainly_without_asking_the_drafter() -> None:
 
 def test_a_fixed_length_takes_what_there_is() -> None:
     policy = FixedLength(4)
-    assert policy.wants_draft(0)
+    assert policy.draft_length(0) == 4
     assert policy.verify_length(Draft((1, 2, 3, 4, 5)), 10, 0) == 4
     assert policy.verify_length(Draft((1, 2)), 10, 0) == 2
     assert policy.verify_length(Draft((1, 2, 3, 4, 5)), 3, 0) == 3
     assert policy.verify_length(NO_DRAFT, 10, 0) == 0
-    assert not FixedLength(0).wants_draft(0)
+    assert FixedLength(0).draft_length(0) == 0
 
 
 def test_committing_caches_everything_but_the_anchor() -> None:
