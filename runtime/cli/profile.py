@@ -73,12 +73,18 @@ def show_profile(profile: Profile, console: Console) -> None:
             [(str(width), *(_ms(profile.target_s(batch, width, context)) for context in contexts)) for width in widths],
         )
         plain = {context: _plain_s(profile, batch, context) for context in contexts}
-        drafts = {context: profile.draft_s(batch, context) for context in contexts}
-        table(
-            f"Plain step and draft{of_batch}",
-            ("cached tokens", "plain step, ms", "draft, ms", "draft / plain step"),
-            [(str(c), _ms(plain[c]), _ms(drafts[c]), f"{100 * drafts[c] / plain[c]:.1f} %") for c in contexts],
-        )
+        # A single sequence may have drafts of several sizes; the longest first.
+        of_drafts = profile.points["drafter"]
+        blocks = sorted({point.width for point in of_drafts if point.batch == batch}, reverse=True)
+        blocks = blocks or [max(point.width for point in of_drafts)]
+        header, rows = ["cached tokens", "plain step, ms"], [[str(c), _ms(plain[c])] for c in contexts]
+        for block in blocks:
+            name = "draft" if len(blocks) == 1 else f"draft of {block}"
+            header += [f"{name}, ms", f"{name} / plain step"]
+            for row, context in zip(rows, contexts, strict=True):
+                seconds = profile.draft_s(batch, context, block)
+                row += [_ms(seconds), f"{100 * seconds / plain[context]:.1f} %"]
+        table(f"Plain step and draft{of_batch}", header, rows)
         roles = [role for role in SAMPLER_ROLES if role in profile.points]
         table(
             f"Sampler, ms a call{of_batch}",

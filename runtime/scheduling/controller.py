@@ -282,7 +282,7 @@ class Controller:
         if not plan.proposals:
             return self._pass(states, 1)
         if self._short is not None:
-            self._judge_block(states, plan, accepted[0], self._short)
+            self._judge_block(states, plan, self._short)
         self._count(states, 1)
         size = len(states).bit_length()
         known = self._evidence_of(len(states))
@@ -393,15 +393,18 @@ class Controller:
             best = max(best, sum_ - (self._pricing.verify_s((length,), (0,)) - base_s) / plain_s)
         return best - (self._draft_s(1, 0, None) - self._draft_s(1, 0, short)) / plain_s
 
-    def _judge_block(self, states: Sequence[SequenceState], plan: Plan, accepted: int, short: int) -> None:
-        """Learn from a single sequence's drafted round whether a whole block pays."""
+    def _judge_block(self, states: Sequence[SequenceState], plan: Plan, short: int) -> None:
+        """Learn from a single sequence's drafted round whether a whole block pays.
+
+        By what its chances promised, not by what became of it: three more tokens now and then are mostly luck. Chances
+        that promise too much are trusted less, by outcomes.
+        """
         offer = plan.offers[0]
         if offer.block is not None:
             self._whole_blocks.passed()
             return
-        length, claims = plan.lengths[0], plan.proposals[0].survivals
-        claim = sum(claims[short:length])
-        tokens = claim + _OUTCOME_SHARE * (max(accepted - short, 0) - claim)
+        length = plan.lengths[0]
+        tokens = sum(plan.proposals[0].survivals[short:length])
         seconds = self._draft_s(1, offer.context, None) - self._draft_s(1, offer.context, short)
         if length > short:
             seconds += plan.verify_s - self._pricing.verify_s((short,), (offer.context,))

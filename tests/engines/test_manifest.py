@@ -61,6 +61,17 @@ def packed_graph(file: str) -> GraphSpec:
     return dataclasses.replace(whole, inputs=(*whole.inputs, TensorSpec("cache_lengths", "int64", (2,))))
 
 
+def short_graph(file: str) -> GraphSpec:
+    """Of three tokens."""
+    whole = graph(file)
+    return dataclasses.replace(whole, outputs=(*whole.outputs, TensorSpec("draft_ids", "int64", ("batch", 3))))
+
+
+def made_graph(role: str) -> GraphSpec:
+    make = packed_graph if role.endswith("_packed") else short_graph if role == "drafter_short" else graph
+    return make(f"{role}.onnx")
+
+
 def dspark_manifest() -> Manifest:
     return Manifest(
         schema_version=1,
@@ -70,7 +81,7 @@ def dspark_manifest() -> Manifest:
         target=TargetFacts("Qwen3ForCausalLM", 100, 64, 4, 8, 2, 8, 2048, 123456, None, (2, 7)),
         drafter=DrafterFacts("dspark", 7, 2, 2, 8, (1, 0, 3), 32, "gated", 99, True, 64, 0),
         limits=Limits(512, 4),
-        graphs={role: (packed_graph if role.endswith("_packed") else graph)(f"{role}.onnx") for role in module.ROLES},
+        graphs={role: made_graph(role) for role in module.ROLES},
         files=tuple(FileRecord(f"{role}.onnx", 10, "0" * 64) for role in module.ROLES),
         provenance=Provenance("2025-01-31T12:00:00Z", {"dspark-edge": "0.1.0"}, "Qwen/Qwen3-4B", "drafter"),
     )
@@ -138,6 +149,13 @@ def test_packed_sequences() -> None:
     unpacked = {role: spec for role, spec in manifest.graphs.items() if not role.endswith("_packed")}
     without = dataclasses.replace(manifest, graphs=unpacked)
     assert (without.packed_sequences, without.widest_verification) == (0, 8)
+
+
+def test_a_short_block_is_optional() -> None:
+    manifest = dspark_manifest()
+    assert manifest.short_block_size == 3
+    without = {role: spec for role, spec in manifest.graphs.items() if role != "drafter_short"}
+    assert dataclasses.replace(manifest, graphs=without).short_block_size == 0
 
 
 @pytest.mark.parametrize(
@@ -258,6 +276,9 @@ WRONG = [
     ("graphs/drafter_packed", ..., "manifest.graphs: expected all of drafter_packed, target_packed, or none"),
     ("graphs/target_packed/inputs/2/shape", ["batch"], "'target_packed' does not say for how many sequences it is"),
     ("graphs/target_packed/inputs/2/shape", [3], "the packed graphs are for 2 and 3 sequences"),
+    ("graphs/drafter_short/outputs/2/shape/1", "block", "'drafter_short' does not say how many tokens it drafts"),
+    ("graphs/drafter_short/outputs/2/name", "ids", "'drafter_short' does not say how many tokens it drafts"),
+    ("graphs/drafter_short/outputs/2/shape/1", 7, "'drafter_short' drafts 7 tokens, expected fewer than"),
     ("graphs/target/inputs/0/dtype", "float8", HEAD + '.inputs[0].dtype is "float8"'),
     ("graphs/target/inputs/0/shape/0", 0, HEAD + ".inputs[0].shape[0] is 0"),
     ("graphs/target/inputs/0/shape/0", "a b", HEAD + '.inputs[0].shape[0] is "a b"'),
@@ -387,6 +408,7 @@ BETWEEN = (
     "expected all of",
     "for how many sequences",
     "the packed graphs are for",
+    "'drafter_short'",
     "ends at byte",
     "there is no graph",
 )

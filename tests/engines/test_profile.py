@@ -97,6 +97,18 @@ def test_costs_are_those_of_greedy_rounds_unless_others_are_asked_for(bundle: Bu
     assert filtered.sampler_s(1, 8) == drawing.sampler_s(1, 8)
 
 
+def test_drafts_of_short_blocks_have_costs_of_their_own(bundle: Bundle) -> None:
+    profile = make_profile(bundle)
+    (whole,) = {point.width for point in profile.points["drafter"]}
+    assert profile.draft_s(1, 100, 3) == profile.draft_s(1, 100, whole) == profile.draft_s(1, 100)  # nothing is known
+    shorter = tuple(replace(point, width=3, median_s=point.median_s / 2) for point in profile.points["drafter"])
+    both = replace(profile, points={**profile.points, "drafter": (*shorter, *profile.points["drafter"])})
+    assert Profile.from_json(json.loads(both.to_text())) == both
+    assert both.draft_s(1, 100) == profile.draft_s(1, 100)
+    assert both.draft_s(1, 100, 3) == pytest.approx(profile.draft_s(1, 100) / 2)
+    assert both.draft_s(4, 100, 3) == pytest.approx(4 * both.draft_s(1, 100, 3))
+
+
 def test_few_and_uneven_samples_weigh_less() -> None:
     point = CostPoint(1, 1, 0, 0.01, 0.1, 25)
     assert point.deviation_s == pytest.approx(1.2533 * 0.01 * 0.0748 / 5, rel=1e-2)
@@ -196,10 +208,6 @@ def damage(edit: Callable[[Any], None]) -> Callable[[str], str]:
         (
             damage(lambda data: [point.update(width=8 + i) for i, point in enumerate(data["points"]["drafter"])]),
             "expected one for each",
-        ),
-        (
-            damage(lambda data: data["points"].update(drafter=data["points"]["target"])),
-            "points of several widths; expected one",
         ),
         (
             damage(lambda data: data["points"].update(sampler=data["points"]["target"])),

@@ -88,10 +88,12 @@ def test_variants_agree(name: str, lowering: str, variant: Callable[..., tuple[P
     bundle, target, drafter = variant(name, lowering)
     report = compare_bundle(bundle, target, drafter)
     assert report.passed, report.to_json()
-    confidence = ["confidence_logits"] if Bundle.open(bundle).manifest.drafter.confidence else []
+    manifest = Bundle.open(bundle).manifest
+    confidence = ["confidence_logits"] if manifest.drafter.confidence else []
     drafted = ["draft_ids", *confidence, "candidate_probs", "base_logits"]
+    short = [f"short.{output}" for output in drafted] if manifest.short_block_size else []
     packed = [f"packed.{output}" for output in ("logits", *drafted)] if lowering == "ort" else []
-    assert names(report) == [*TARGET_OUTPUTS, *CONTEXT_OUTPUTS, *drafted, *packed, *SAMPLERS]
+    assert names(report) == [*TARGET_OUTPUTS, *CONTEXT_OUTPUTS, *drafted, *short, *packed, *SAMPLERS]
     for row in report.rows:
         assert row.max_abs_error <= 1e-4
         assert row.top1_agreement in (None, 1.0)

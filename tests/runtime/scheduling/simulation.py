@@ -28,8 +28,9 @@ class Device:
     def target_s(self, batch: int, width: int, context: int) -> float:
         return self.by_tokens(batch * width) * self.slower * (self.slower_wide if width > 1 else 1.0)
 
-    def draft_s(self, batch: int, context: int) -> float:
-        return self.draft * self.slower * (1 + 0.1 * (batch - 1))
+    def draft_s(self, batch: int, context: int, block: int | None = None) -> float:
+        share = 1.0 if block is None else 0.4 + 0.6 * block / 7
+        return self.draft * share * self.slower * (1 + 0.1 * (batch - 1))
 
     def sampler_s(self, batch: int, width: int) -> float:
         return 0.02 * batch * width
@@ -120,20 +121,22 @@ class Log:
     predicted: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
+    short: list[bool] = field(default_factory=list)
 
     def rate(self, begin: int = 0, end: int | None = None) -> float:
         return sum(self.tokens[begin:end]) / sum(self.seconds[begin:end])
 
 
-def run_fixed(world: World, device: Device, length: int, rounds: range) -> float:
-    """Tokens a second of a fixed length; 0 is plain decoding, without a draft."""
+def run_fixed(world: World, device: Device, length: int, rounds: range, short: int = 0) -> float:
+    """Tokens a second of a fixed length, from a short block where it has so many; 0 is plain decoding, undrafted."""
     tokens = sum(world.expected(round_, length) for round_ in rounds)
     seconds = device.target_s(1, 1 + length, CONTEXT) + device.sampler_s(1, 1 + length)
-    return tokens / (len(rounds) * (seconds + (device.draft_s(1, CONTEXT) if length else 0.0)))
+    draft_s = device.draft_s(1, CONTEXT, short if length <= short else None) if length else 0.0
+    return tokens / (len(rounds) * (seconds + draft_s))
 
 
-def best_fixed(world: World, device: Device, rounds: range) -> float:
-    return max(run_fixed(world, device, length, rounds) for length in range(world.truth.shape[1] + 1))
+def best_fixed(world: World, device: Device, rounds: range, short: int = 0) -> float:
+    return max(run_fixed(world, device, length, rounds, short) for length in range(world.truth.shape[1] + 1))
 
 
 def run(
@@ -161,17 +164,20 @@ def run(
             break
         before(round_)
         (drafts,) = controller.drafting([state], [CONTEXT])
-        row = tuple(world.confidences[round_].tolist()) if informed else None
-        offer = Offer(world.truth.shape[1] if drafts else 0, row if drafts else None, CONTEXT, greedy)
+        block = controller.short_block(state, CONTEXT) if drafts else None
+        size = block or world.truth.shape[1]
+        row = tuple(world.confidences[round_, :size].tolist()) if informed else None
+        offer = Offer(size if drafts else 0, row if drafts else None, CONTEXT, greedy, block)
         plan = controller.plan([state], [offer])
         (length,) = plan.lengths
         accepted = world.accepted(round_, length)
         made += 1 + accepted
         seconds = device.target_s(1, 1 + length, CONTEXT) + device.sampler_s(1, 1 + length)
         if drafts:
-            seconds += device.draft_s(1, CONTEXT)
+            seconds += device.draft_s(1, CONTEXT, block)
         log.tokens.append(world.expected(round_, length))
         log.seconds.append(seconds)
+        log.short.append(block is not None)
         log.predicted.append(plan.verify_s + plan.draft_s)
         log.lengths.append(length)
         log.drafted.append(drafts)
