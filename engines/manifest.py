@@ -292,23 +292,24 @@ class Manifest(Record):
     @property
     def packed_sequences(self) -> int:
         """Most sequences of a packed call; 0 where the bundle has no packed graphs."""
-        graph = self.graphs.get("target_packed")
-        if graph is None:
-            return 0
-        return next(int(spec.shape[0]) for spec in graph.inputs if spec.name == "cache_lengths")
+        return self._stated_size("target_packed", "cache_lengths", 0)
 
     @property
     def short_block_size(self) -> int:
         """Tokens of the block that the short drafter's graph drafts; 0 where there is none."""
-        graph = self.graphs.get("drafter_short")
-        if graph is None:
-            return 0
-        return next(int(spec.shape[1]) for spec in graph.outputs if spec.name == "draft_ids")
+        return self._stated_size("drafter_short", "draft_ids", 1)
 
     @property
     def widest_verification(self) -> int:
         """Tokens of the widest call that verifies: an anchor and a block of each sequence that may share it."""
         return max(self.packed_sequences, 1) * (self.drafter.block_size + 1)
+
+    def _stated_size(self, role: str, name: str, axis: int) -> int:
+        """A dimension of a graph's input or output, which is a number there; 0 where there is no such graph."""
+        graph = self.graphs.get(role)
+        if graph is None:
+            return 0
+        return next(int(spec.shape[axis]) for spec in (*graph.inputs, *graph.outputs) if spec.name == name)
 
     def shared_weights_of(self, role: str) -> dict[str, SharedWeight]:
         """A graph's shared weights, by the names of its initializers."""

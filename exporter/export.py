@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -61,13 +61,15 @@ def _text_files(pair: Pair, tokenizer: str | Path | None) -> dict[str, bytes]:
 def _write_graphs(
     writer: BundleWriter,
     graphs: Mapping[str, Graph],
-    derive: Callable[[Mapping[str, Graph]], Mapping[str, Graph]],
+    pair: Pair,
+    options: ExportOptions,
+    limits: tuple[int, int],
     report: Report,
 ) -> dict[str, Graph]:
-    """Write graphs with their weights, and others that refer to these.
+    """Write graphs with their weights, and the short and the packed ones, which refer to these.
 
     Args:
-        derive: makes the others, once the weights have their places.
+        limits: cache slots, and γ.
 
     Returns:
         All that were written.
@@ -85,7 +87,10 @@ def _write_graphs(
     for role, graph in graphs.items():
         if graph.sources:
             streamer.write(f"{role}.onnx", graph.model, graph.sources)
-    all_graphs = {**graphs, **derive(graphs)}
+    # Now the weights have their places, to which the others refer.
+    capacity, block_size = limits
+    short = shorten_drafter(graphs, pair, options, capacity)
+    all_graphs = {**graphs, **short, **pack_graphs(graphs, options.resolve_packed(), block_size)}
     for role, graph in all_graphs.items():
         if not graph.sources:
             writer.write_bytes(f"{role}.onnx", ir.to_proto(graph.model).SerializeToString())
@@ -134,8 +139,7 @@ def export_bundle(
         pair = open_pair(stack, target, drafter)
         quantization = resolve_quantization(pair, options)
         facts = drafter_facts(pair, options)
-        if pair.drafter_config is not None:
-            options.resolve_short_block(pair.drafter_config)  # refuses what cannot be before the work
+        options.resolve_short_block(pair.drafter_config)  # refuses what cannot be before the work
         capacity = options.resolve_capacity(pair.target_config, facts.block_size)
         check_weights(pair, capacity, facts.candidates, TORCH_DTYPES[options.dtype])
         text_files = _text_files(pair, tokenizer)
@@ -143,12 +147,7 @@ def export_bundle(
         report("reading checkpoints", 1, 1)
         writer = stack.enter_context(BundleWriter(Path(output), overwrite))  # refuses a taken output before the work
         traced = trace_graphs(pair, options, capacity, report)
-
-        def derive(written: Mapping[str, Graph]) -> Mapping[str, Graph]:
-            short = shorten_drafter(written, pair, options, capacity)
-            return {**short, **pack_graphs(written, options.resolve_packed(), facts.block_size)}
-
-        graphs = _write_graphs(writer, traced, derive, report)
+        graphs = _write_graphs(writer, traced, pair, options, (capacity, facts.block_size), report)
         _write_texts(writer, pair, text_files)
         return writer.finish(
             Manifest(

@@ -156,12 +156,11 @@ def trace_graphs(pair: Pair, options: ExportOptions, capacity: int, report: Repo
 
 def shorten_drafter(graphs: Mapping[str, Graph], pair: Pair, options: ExportOptions, capacity: int) -> dict[str, Graph]:
     """The drafter's graph again for a short block, where the options ask for one; it refers to the other's weights."""
-    drafter, config = graphs.get("drafter"), pair.drafter_config
-    short = options.resolve_short_block(config) if config is not None else 0
-    if drafter is None or not short:
+    short = options.resolve_short_block(pair.drafter_config)
+    if not short:
         return {}
     graph = _trace_drafter(pair, options, capacity, short)
-    weights = drafter.model.graph.initializers
+    weights = graphs["drafter"].model.graph.initializers
     for name in graph.sources:
         graph.model.graph.initializers[name].const_value = weights[name].const_value
     return {"drafter_short": Graph(graph.model, graph.contract, {})}

@@ -175,12 +175,14 @@ class ExportOptions:
             return self.packed_sequences
         return _PACKED_SEQUENCES if get_lowering(self.lowering).packs and self.precision == "fp32" else 0
 
-    def resolve_short_block(self, drafter: DrafterConfig) -> int:
-        """Tokens of a short draft; 0 for no such graph.
+    def resolve_short_block(self, drafter: DrafterConfig | None) -> int:
+        """Tokens of a short draft; 0 for no such graph, as where the drafter has none at all.
 
         Raises:
             InvalidInputError: it is no shorter than a block.
         """
+        if drafter is None:
+            return 0
         if self.short_block is not None:
             if self.short_block >= drafter.block_size:
                 raise InvalidInputError(

@@ -154,21 +154,22 @@ def _compare_models(
     positions = reference.logits.shape[1]
     logits, parts = OutputErrors("logits"), list[HostArray]()
     drafted = {spec.name: OutputErrors(spec.name) for spec in _draft_outputs(manifest)}
-    has_short = bool(manifest.short_block_size)
-    shortly = {name: OutputErrors(f"short.{name}") for name in drafted} if has_short else {}
+    shortly = {name: OutputErrors(f"short.{name}") for name in drafted} if reference.short_drafts else {}
+    drafters = (
+        ("drafter", reference.drafts, drafted),
+        ("drafter_short", reference.short_drafts, shortly),
+    )
     for begin, end in chunks(positions):
         report("engine", begin, positions)
         given, expected = runner.extend(reference.token_ids[:, begin:end]), reference.logits[:, begin:end]
         parts.append(given)
         logits.add(given, expected)
         logits.agree(given.argmax(-1) == expected.argmax(-1))
-        for case in reference.drafts:
-            if case.length == end:
-                _add_draft(drafted, runner.draft(reference.token_ids[:, end], case.temperature, case.noise), case)
-        for case in reference.short_drafts:
-            if case.length == end:
-                given = runner.draft(reference.token_ids[:, end], case.temperature, case.noise, "drafter_short")
-                _add_draft(shortly, given, case)
+        anchors = reference.token_ids[:, end]
+        for role, cases, errors in drafters:
+            for case in cases:
+                if case.length == end:
+                    _add_draft(errors, runner.draft(anchors, case.temperature, case.noise, role), case)
     report("engine", positions, positions)
     caches: dict[str, OutputErrors] = {}
     for output, name in manifest.graphs["target"].aliases.items():

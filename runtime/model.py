@@ -296,7 +296,7 @@ class ModelDrafter:
     """A trained drafter's graph; shares the verifier's caches.
 
     Args:
-        engine: executes the graph, and the one for short blocks where the bundle has it and one is asked for.
+        engine: executes the graph, and the one for short blocks where the bundle has it.
         caches: the verifier's.
         calibration: what makes chances of the confidence logits; None takes the logits at their word.
     """
@@ -304,17 +304,17 @@ class ModelDrafter:
     def __init__(self, engine: Engine, caches: Caches, calibration: Calibration | None = None) -> None:
         manifest = engine.bundle.manifest
         facts = manifest.drafter
-        self._engine, self._caches = engine, caches
+        self._caches = caches
         self._limit = manifest.limits.capacity
         self._num_candidates = facts.candidates
         self._calibration, self._uncalibrated = calibration, Scaling.identity(facts.block_size)
-        self._whole = _Block(engine, caches, "drafter")
-        self._short_size = manifest.short_block_size
-        self._short: _Block | None = None  # loaded when it is first asked for
+        # By rising size. All are loaded here: the time of a first call would pass for what a draft costs.
+        roles = [role for role in ("drafter_short", "drafter") if role in manifest.graphs]
+        self._blocks = [_Block(engine, caches, role) for role in roles]
 
     @property
     def block_size(self) -> int:
-        return self._whole.size
+        return self._blocks[-1].size
 
     def draft(self, request: Request, length: int) -> Draft:
         start, block = request.sequence.cache_length, self._block(length)
@@ -339,8 +339,4 @@ class ModelDrafter:
 
     def _block(self, length: int) -> _Block:
         """The smallest that has so many tokens, or else the largest."""
-        if length > self._short_size:
-            return self._whole
-        if self._short is None:
-            self._short = _Block(self._engine, self._caches, "drafter_short")
-        return self._short
+        return next((block for block in self._blocks if block.size >= length), self._blocks[-1])

@@ -23,8 +23,7 @@ class SerialDrafts:
         return self.costs.target_s(batch, width, context)
 
     def draft_s(self, batch: int, context: int, block: int | None = None) -> float:
-        one = self.costs.draft_s(1, context) if block is None else self.costs.draft_s(1, context, block)
-        return batch * one
+        return batch * self.costs.draft_s(1, context, block)
 
     def sampler_s(self, batch: int, width: int) -> float:
         return self.costs.sampler_s(batch, width)

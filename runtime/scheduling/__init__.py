@@ -5,14 +5,17 @@ ladder.py, pricing.py       a round's candidates in order, at the price that the
 schedulers.py               how much of each draft to verify, and why that is lossless
 history.py                  what earlier rounds say of acceptance
 parking.py                  whether to draft at all
-controller.py               the three together, as a round uses them
+whole_blocks.py             whether to draft more than a short block
+plan.py                     a round's decision, and what came of it
+controller.py               all of these together, as a round uses them
 """
 
-from dspark_edge.runtime.scheduling.controller import Controller, Offer, Plan, SequenceState
+from dspark_edge.runtime.scheduling.controller import Controller, SequenceState
 from dspark_edge.runtime.scheduling.correction import CorrectedCosts
 from dspark_edge.runtime.scheduling.costs import Costs
 from dspark_edge.runtime.scheduling.ladder import Ladder, Proposal
 from dspark_edge.runtime.scheduling.parking import Evidence, Parking, ParkingOptions
+from dspark_edge.runtime.scheduling.plan import Offer, Plan
 from dspark_edge.runtime.scheduling.pricing import Dense, FixedWidth, Packed, Pricing, Serial
 from dspark_edge.runtime.scheduling.schedulers import (
     EarlyStop,

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import NamedTuple
 
 from dspark_edge.runtime.scheduling.history import History, unknown_acceptance
 from dspark_edge.runtime.scheduling.ladder import Proposal
@@ -31,15 +29,13 @@ from dspark_edge.runtime.scheduling.parking import (
     forecast_evidence,
     start,
 )
+from dspark_edge.runtime.scheduling.plan import Offer, Plan, round_evidence
 from dspark_edge.runtime.scheduling.pricing import Pricing
 from dspark_edge.runtime.scheduling.schedulers import Scheduler
+from dspark_edge.runtime.scheduling.whole_blocks import WholeBlocks, forecast_whole_blocks
 
-__all__ = ["Controller", "Offer", "Plan", "SequenceState"]
+__all__ = ["Controller", "SequenceState"]
 
-# What a round has brought is partly what its confidences promised, which varies less than what became of it. More of
-# the outcome is counted, so that a drafter that promises too much parks before the trust in it has fallen; with all of
-# it, one that gains little is parked by chance.
-_OUTCOME_SHARE = 0.6
 # What the engine knows of whether drafting pays: the last fifty or so drafted rounds of its sequences.
 _ENGINE_MEMORY = 0.98
 # A drift of the costs by this (logarithm) since plain decoding was last timed calls for a plain round. Where drafting
@@ -54,31 +50,6 @@ _HOPE, _MOST_HOPE = 4, 5.0
 # Behind a round without a draft, most rounds that are not decided on. The model has pushed all this out of the caches
 # when it is asked again: a decision takes 0.2 ms then, five times as long as in a loop of its own.
 _MOST_REST = 3
-# Short drafts before a whole block is tried again, which costs about a tenth of a token: doubled after each trial that
-# does not pay. What a trial wins counts for a quarter of what is known, since trials are few, later blocks for a tenth.
-_FIRST_TRIAL, _LONGEST_TRIAL = 8, 64
-_TRIAL_GAIN, _WHOLE_BLOCK_GAIN = 0.25, 0.1
-
-
-class Offer(NamedTuple):
-    """What a sequence brings to a round."""
-
-    drafted: int  # tokens of its draft that could be verified: at most the draft and the room behind the anchor
-    confidences: tuple[float, ...] | None  # calibrated and conditional, at least `drafted`; None: the drafter has none
-    context: int  # cached tokens
-    greedy: bool  # temperature 0
-    block: int | None = None  # tokens that the drafter was run for; None: of a whole block
-
-
-class Plan(NamedTuple):
-    """A group's decision for one round."""
-
-    lengths: tuple[int, ...]  # verify length of each request
-    offers: tuple[Offer, ...]  # of each request; none where nothing was drafted
-    proposals: tuple[Proposal, ...]  # the same
-    draft_s: float  # predicted, of the drafter
-    verify_s: float  # predicted, of target and acceptance
-    plain_s: float  # predicted, had nothing been verified
 
 
 @dataclass(slots=True)
@@ -87,34 +58,6 @@ class SequenceState:
 
     history: History
     parking: Parking
-
-
-class WholeBlocks:
-    """Whether the tokens behind a short draft are worth their draft and verification, over recent rounds.
-
-    Args:
-        won: tokens a round that they are expected to win, less what plain decoding makes in their time.
-    """
-
-    def __init__(self, won: float) -> None:
-        self._won = won
-        self._wait = _FIRST_TRIAL  # short drafts between two trials of a whole block
-        self._passed = 0
-
-    def pay(self) -> bool:
-        """Whether the next draft is to be of a whole block: they pay, or it is time to see."""
-        return self._won >= 0 or self._passed >= self._wait
-
-    def passed(self) -> None:
-        """A short draft was made."""
-        self._passed += 1
-
-    def observe(self, won: float) -> None:
-        """What a round with a whole block has won."""
-        trial, self._passed = self._won < 0, 0
-        self._won += (_TRIAL_GAIN if trial else _WHOLE_BLOCK_GAIN) * (won - self._won)
-        if trial:
-            self._wait = min(2 * self._wait, _LONGEST_TRIAL) if self._won < 0 else _FIRST_TRIAL
 
 
 class Controller:
@@ -150,7 +93,7 @@ class Controller:
         self._target_doubt = target_doubt
         self._rounds_since_check = _ROUNDS_BETWEEN_CHECKS
         self._short = short_block or None
-        self._whole_blocks = WholeBlocks(self._forecast_of_whole_blocks())
+        self._whole_blocks = WholeBlocks(forecast_whole_blocks(conditionals, pricing, block_size, short_block))
 
     @property
     def block_size(self) -> int:
@@ -215,7 +158,7 @@ class Controller:
         for joins, wait, index in turns:
             if joins and not willing:
                 break
-            price = self._draft_s(willing + 1, context, self._short)
+            price = costs.draft_s(willing + 1, context, self._short)
             more = (price - paid + (0.0 if willing else self._overhead_s)) * tokens_by_second
             hopeful = willing > 0 and states[index].history.expected[0] > 2 * more
             if not hopeful:
@@ -251,7 +194,7 @@ class Controller:
             lengths=lengths,
             offers=tuple(offers),
             proposals=proposals,
-            draft_s=self._draft_s(drafted, max(contexts), offers[0].block),
+            draft_s=self._pricing.costs.draft_s(drafted, max(contexts), offers[0].block),
             verify_s=self._pricing.verify_s(lengths, contexts) if any(lengths) else plain_s,
             plain_s=plain_s,
         )
@@ -365,33 +308,13 @@ class Controller:
             return forecast_evidence(
                 conditionals[: len(prices) - 1],
                 [plain_s + (price - plain_s) * each for price in prices],
-                (self._draft_s(drafters, 0, block) + self._overhead_s) * each,
+                (self._pricing.costs.draft_s(drafters, 0, block) + self._overhead_s) * each,
             )
 
         found = [of(drafters) for drafters in {1, group}]
         if self._short is not None:
             found.append(of(1, self._short))
         return max(found, key=lambda evidence: evidence.gain)
-
-    def _draft_s(self, drafters: int, context: int, block: int | None) -> float:
-        costs = self._pricing.costs  # which need not know blocks of several sizes
-        return costs.draft_s(drafters, context) if block is None else costs.draft_s(drafters, context, block)
-
-    def _forecast_of_whole_blocks(self) -> float:
-        """What the calibration lets expect of a round's tokens behind a short draft, less what they cost: tokens.
-
-        By the mean chances. Rounds in which the confidences tell are worth more: that is seen in a first trial.
-        """
-        short, conditionals = self._short, self._conditionals
-        if short is None or conditionals is None:
-            return 0.0
-        plain_s, chance, best, sum_ = self._pricing.verify_s((0,), (0,)), prod(conditionals[:short]), 0.0, 0.0
-        base_s = self._pricing.verify_s((short,), (0,))
-        for length in range(short + 1, self._block_size + 1):
-            chance *= conditionals[length - 1]
-            sum_ += chance
-            best = max(best, sum_ - (self._pricing.verify_s((length,), (0,)) - base_s) / plain_s)
-        return best - (self._draft_s(1, 0, None) - self._draft_s(1, 0, short)) / plain_s
 
     def _judge_block(self, states: Sequence[SequenceState], plan: Plan, short: int) -> None:
         """Learn from a single sequence's drafted round whether a whole block pays.
@@ -405,7 +328,9 @@ class Controller:
             return
         length = plan.lengths[0]
         tokens = sum(plan.proposals[0].survivals[short:length])
-        seconds = self._draft_s(1, offer.context, None) - self._draft_s(1, offer.context, short)
+        seconds = self._pricing.costs.draft_s(1, offer.context, None) - self._pricing.costs.draft_s(
+            1, offer.context, short
+        )
         if length > short:
             seconds += plan.verify_s - self._pricing.verify_s((short,), (offer.context,))
         self._whole_blocks.observe(tokens - seconds * self._pace(states) / plan.plain_s)
@@ -433,32 +358,3 @@ def _probed(length: int, state: SequenceState, offer: Offer) -> int:
     if length == 0 and offer.drafted and offer.confidences is None and state.parking.probing:
         return 1
     return length
-
-
-def round_evidence(plan: Plan, accepted: Sequence[int], overhead_s: float = 0.0) -> tuple[Evidence, ...]:
-    """Whether drafting paid, request by request; (1, 1) where nothing was drafted.
-
-    The time beyond a plain step is divided among those who drafted: drafting in equal parts, verification in
-    proportion to what each is expected to get of it, since a hopeless request does not make a call wider. Summed over
-    the group, the plain tokens are those that plain decoding makes in the round's time.
-
-    Args:
-        plan: the round's.
-        accepted: draft tokens of each request that were accepted; all that counts where a drafter has no confidences.
-        overhead_s: of deciding and learning, which counts as drafting.
-    """
-    claims = [sum(one.survivals[:length]) for one, length in zip(plan.proposals, plan.lengths, strict=True)]
-    gains = [
-        float(count) if offer.confidences is None else claim + _OUTCOME_SHARE * (count - claim)
-        for offer, claim, count in zip(plan.offers, claims, accepted, strict=True)
-    ]
-    drafted, claimed = sum(offer.drafted > 0 for offer in plan.offers), sum(claims)
-    by_second = len(plan.offers) / plan.plain_s  # tokens of plain decoding
-    draft = (plan.draft_s + overhead_s) * by_second / drafted if drafted else 0.0
-    wider = (plan.verify_s - plan.plain_s) * by_second
-    return tuple(
-        Evidence(1 + gain, 1 + draft + (wider * claim / claimed if claimed else 0.0))
-        if offer.drafted
-        else Evidence(1.0, 1.0)
-        for offer, gain, claim in zip(plan.offers, gains, claims, strict=True)
-    )

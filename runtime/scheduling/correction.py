@@ -95,7 +95,7 @@ class CorrectedCosts:
         return seconds * self._own_factor(_bucket("target", batch, width, context))
 
     def draft_s(self, batch: int, context: int, block: int | None = None) -> float:
-        seconds = self._base_draft_s(batch, context, block) * self._shared_factor
+        seconds = self.base.draft_s(batch, context, block) * self._shared_factor
         return seconds * self._own_factor(_bucket("draft", batch, block or 0, context))
 
     def sampler_s(self, batch: int, width: int) -> float:
@@ -136,7 +136,7 @@ class CorrectedCosts:
 
     def observe_draft(self, batch: int, context: int, seconds: float, block: int | None = None) -> None:
         """A drafter call took so long."""
-        profiled = self._base_draft_s(batch, context, block)
+        profiled = self.base.draft_s(batch, context, block)
         self._observe_local(_bucket("draft", batch, block or 0, context), seconds, profiled)
 
     def observe_sampler(self, batch: int, width: int, seconds: float) -> None:
@@ -158,10 +158,6 @@ class CorrectedCosts:
         drift, other = self._classes(width)
         found = self._deviations.get(_bucket("target", batch, width, context))
         return abs(drift.prediction(other) - (found.drift if found is not None else 0.0))
-
-    def _base_draft_s(self, batch: int, context: int, block: int | None) -> float:
-        # Costs that know blocks of one size only need not take another.
-        return self.base.draft_s(batch, context) if block is None else self.base.draft_s(batch, context, block)
 
     def _base_rows(self, batch: int, widest: int, context: int) -> tuple[list[float], list[float]]:
         """As profiled: of the target, and of the acceptance, which does not depend on the context."""

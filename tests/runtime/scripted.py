@@ -73,7 +73,7 @@ class TableCosts:
     def target_s(self, batch: int, width: int, context: int) -> float:
         return batch * self.target[min(width, len(self.target)) - 1]
 
-    def draft_s(self, batch: int, context: int) -> float:
+    def draft_s(self, batch: int, context: int, block: int | None = None) -> float:
         return batch * self.draft
 
     def sampler_s(self, batch: int, width: int) -> float:

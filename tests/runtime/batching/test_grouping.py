@@ -21,7 +21,7 @@ class SharedCosts:
     def target_s(self, batch: int, width: int, context: int) -> float:
         return 10.0 + batch * width
 
-    def draft_s(self, batch: int, context: int) -> float:
+    def draft_s(self, batch: int, context: int, block: int | None = None) -> float:
         return 2.0 + 0.1 * batch
 
     def sampler_s(self, batch: int, width: int) -> float:

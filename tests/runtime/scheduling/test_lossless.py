@@ -88,7 +88,7 @@ class Step:
     def target_s(self, batch: int, width: int, context: int) -> float:
         return self.plain if batch * width <= batch else self.higher
 
-    def draft_s(self, batch: int, context: int) -> float:
+    def draft_s(self, batch: int, context: int, block: int | None = None) -> float:
         return 0.1
 
     def sampler_s(self, batch: int, width: int) -> float:

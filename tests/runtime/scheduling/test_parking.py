@@ -6,8 +6,8 @@ import pytest
 
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.runtime.scheduling import Controller, Dense, LookAhead, Offer, Packed, Parking, ParkingOptions, Serial
-from dspark_edge.runtime.scheduling.controller import round_evidence
 from dspark_edge.runtime.scheduling.parking import NOTHING_KNOWN, Evidence, forecast_evidence, start
+from dspark_edge.runtime.scheduling.plan import round_evidence
 
 from .simulation import CONTEXT, Device, Log, make_world, run, run_group, table
 
@@ -209,7 +209,7 @@ def test_a_hopeful_sequence_joins_where_others_draft() -> None:
 class OneByOne(Device):
     """Drafts a sequence a call."""
 
-    def draft_s(self, batch: int, context: int) -> float:
+    def draft_s(self, batch: int, context: int, block: int | None = None) -> float:
         return self.draft * batch
 
 

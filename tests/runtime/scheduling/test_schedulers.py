@@ -41,7 +41,7 @@ class Table:
         self.asked.append(batch * width)
         return self.steps[min(batch * width, len(self.steps)) - 1]
 
-    def draft_s(self, batch: int, context: int) -> float:
+    def draft_s(self, batch: int, context: int, block: int | None = None) -> float:
         return self.draft
 
     def sampler_s(self, batch: int, width: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dspark_edge.runtime.scheduling import Controller, CorrectedCosts, LookAhead, Offer, ParkingOptions, Serial
-from dspark_edge.runtime.scheduling.controller import WholeBlocks
+from dspark_edge.runtime.scheduling.whole_blocks import WholeBlocks
 
 from .simulation import CONTEXT, DEVICES, Device, best_fixed, make_world, run, table
 from .test_simulated_devices import GOOD, MIDDLING, ROUNDS, WORLDS
