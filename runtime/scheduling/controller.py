@@ -184,6 +184,7 @@ class Controller:
                 state.history.lagged(offer.drafted) if self._scheduler.looks_back else (),
                 offer.context,
                 offer.greedy,
+                offer.block,
             )
             for state, offer in zip(states, offers, strict=True)
         )

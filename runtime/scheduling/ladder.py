@@ -23,6 +23,7 @@ class Proposal(NamedTuple):
     lagged: tuple[float, ...]  # [n] live survivals of two rounds ago, else the forecast; () where no rule asks for it
     context: int  # cached tokens
     greedy: bool  # temperature 0: the draft is a function of the text, nothing in it is drawn
+    block: int | None = None  # tokens that the drafter was run for, all of a group alike; None: of a whole block
 
 
 class Ladder(NamedTuple):

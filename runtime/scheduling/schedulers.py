@@ -132,7 +132,8 @@ class EarlyStop:
         drafted = sum(bool(one.survivals) for one in proposals)
         seconds = sum(ladder.seconds[0] for ladder in ladders)
         if drafted:
-            seconds += pricing.costs.draft_s(drafted, max(one.context for one in proposals))
+            context = max(one.context for one in proposals)
+            seconds += pricing.costs.draft_s(drafted, context, proposals[0].block)
         tokens = float(len(proposals))
         rungs = [0] * len(ladders)
         while True:

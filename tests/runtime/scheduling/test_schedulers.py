@@ -35,6 +35,7 @@ class Table:
 
     steps: tuple[float, ...]
     draft: float = 0.0
+    short_draft: float = 0.0  # of any block but a whole one
     asked: list[int] = field(default_factory=list)
 
     def target_s(self, batch: int, width: int, context: int) -> float:
@@ -42,7 +43,7 @@ class Table:
         return self.steps[min(batch * width, len(self.steps)) - 1]
 
     def draft_s(self, batch: int, context: int, block: int | None = None) -> float:
-        return self.draft
+        return self.draft if block is None else self.short_draft
 
     def sampler_s(self, batch: int, width: int) -> float:
         return 0.0
@@ -85,6 +86,8 @@ def test_early_stop_counts_the_draft() -> None:
     assert EarlyStop().lengths(one, Dense(costs), 1.0) == (0,)  # 1.12/11.5 < 1/10
     costs.draft = 10.0
     assert EarlyStop().lengths(one, Dense(costs), 1.0) == (1,)  # 1.12/21.5 > 1/20
+    short = [one[0]._replace(block=3)]
+    assert EarlyStop().lengths(short, Dense(costs), 1.0) == (0,)  # what was paid for a short draft is less
 
 
 def test_early_stop_does_not_cross_a_step_that_later_tokens_repay() -> None:
