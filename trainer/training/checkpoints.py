@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from dspark_edge.engines.errors import CheckpointError, InvalidInputError
 from dspark_edge.trainer.target_model import TargetModel
 from dspark_edge.trainer.training.drafter_model import TrainableDrafter
-from dspark_edge.trainer.training.replacing import replacing
+from dspark_edge.trainer.training.replacing_path import replacing_path
 
 __all__ = ["TrainingState", "load_state", "save_drafter", "save_state"]
 
@@ -36,8 +36,8 @@ class TrainingState:
 
 
 def _write(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Replace a file in one step; see `replacing`."""
-    with replacing(path) as temporary:
+    """Replace a file in one step; see `replacing_path`."""
+    with replacing_path(path) as temporary:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
         except SafetensorError as error:  # how it reports a full disk
@@ -170,5 +170,5 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         InvalidInputError: it cannot be written.
     """
-    with replacing(path) as temporary:
+    with replacing_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.runtime.reporting.html_page import require_matplotlib
-from dspark_edge.trainer.training.replacing import replacing
+from dspark_edge.trainer.training.replacing_path import replacing_path
 
 __all__ = ["PLOT", "MetricsFile", "plot_metrics", "read_metrics"]
 
@@ -48,7 +48,7 @@ class MetricsFile:
         """Keep whole lines up to a step."""
         kept = [entry for entry in read_metrics(self._path) if entry["step"] <= step]
         if self._path.exists():
-            with replacing(self._path) as temporary:
+            with replacing_path(self._path) as temporary:
                 temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
 
@@ -95,6 +95,6 @@ def plot_metrics(metrics: Path, picture: Path) -> None:
     right.set(xlabel="step", ylabel="accepted length τ", title="held-out responses")
     if right.get_legend_handles_labels()[0]:
         right.legend()
-    with replacing(picture) as temporary:
+    with replacing_path(picture) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     pyplot.close(figure)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from dspark_edge.engines.errors import InvalidInputError
 
-__all__ = ["replacing"]
+__all__ = ["replacing_path"]
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing_path(path: Path) -> Iterator[Path]:
     """Gives a name beside the file's own to write to; in the end it is flushed to disk and renamed over it.
 
     Raises:
