@@ -1,9 +1,10 @@
 """More prompts from those there are, in the forms that people ask in.
 
-python prompts.py PROMPTS.jsonl boxed.jsonl stubs.jsonl
+python prompts.py PROMPTS.jsonl boxed.jsonl stubs.jsonl sums.jsonl
 
 `boxed.jsonl`: problems of the domain `math`, asked for steps and a final answer in a box. `stubs.jsonl`: problems of
-the domain `code` as a function's stub, whose docstring is the problem.
+the domain `code` as a function's stub, whose docstring is the problem. `sums.jsonl`: other problems of `math`, as they
+are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 MOST_BOXED = 640
+MOST_SUMS = 1280
 LONGEST_CODE = 1100  # characters
 SIGNATURE = re.compile(r"def (\w+)\(([^)]*)\)( *-> *[\w\[\], .]+)?")
 
@@ -32,7 +34,7 @@ def stub(problem: str) -> str:
 
 
 def main() -> None:
-    source, boxed, stubs = map(Path, sys.argv[1:])
+    source, boxed, stubs, sums = map(Path, sys.argv[1:])
     asked: dict[str, list[str]] = {"math": [], "code": []}
     for line in source.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
@@ -44,6 +46,7 @@ def main() -> None:
     for path, domain, texts in (
         (boxed, "math", [text + BOXED for text in math[:MOST_BOXED]]),
         (stubs, "code", [stub(text) for text in short]),
+        (sums, "math", math[MOST_BOXED : MOST_BOXED + MOST_SUMS]),
     ):
         path.write_text("".join(json.dumps({"domain": domain, "turns": [text]}) + "\n" for text in texts), "utf-8")
 

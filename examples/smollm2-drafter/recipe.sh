@@ -4,21 +4,21 @@
 #   examples/smollm2-drafter/recipe.sh TARGET.gguf WORK_FOLDER [PROMPTS.jsonl]
 #
 # TARGET.gguf is SmolLM2-135M-Instruct (`make demo` fetches it to .cache/). The target's answers come with this folder,
-# so that all of it takes seven hours on two cores; with PROMPTS.jsonl they are made anew, which takes three more.
+# so that all of it takes eight hours on two cores; with PROMPTS.jsonl they are made anew, which takes three more.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 target=$1 work=$2 prompts=${3:-}
 mkdir -p "$work"
 
 if [ -z "$prompts" ]; then
-    for name in responses \
-        {more,library,boxed,conversation,function,subject,own,aside,problem,lengthy,routine,unseen,written}-responses; do
+    for name in responses {more,library,boxed,conversation,function,subject,own}-responses \
+        {aside,problem,lengthy,routine,unseen,written,sums}-responses; do
         [ -e "$work/$name.jsonl" ] || xz -dkc "$here/$name.jsonl.xz" > "$work/$name.jsonl"
     done
 else
     # The words come with a bundle: its tokenizer and chat template.
     [ -e "$work/plain" ] || dspark-edge export --target "$target" --drafter ngram -o "$work/plain"
-    python "$here/prompts.py" "$prompts" "$work/boxed-prompts.jsonl" "$work/stub-prompts.jsonl"
+    python "$here/prompts.py" "$prompts" "$work"/{boxed,stub,sums}-prompts.jsonl
     python "$here/library_stubs.py" "$work/library-prompts.jsonl"
     python "$here/conversations.py" "$work/conversation-prompts.jsonl" "$work/function-prompts.jsonl"
     python "$here/more_conversations.py" "$work/subject-prompts.jsonl" "$work/aside-prompts.jsonl"
@@ -66,6 +66,8 @@ else
     cat "$work/lengthy-aside-conversations.jsonl" "$work/routine-aside-responses.jsonl" > "$work/unseen-responses.jsonl"
     respond --prompts "$here/written-prompts.jsonl" --greedy-share 1 --max-new-tokens 128 --max-length 640 \
         -o "$work/written-responses.jsonl"
+    respond --prompts "$work/sums-prompts.jsonl" --greedy-share 1 --max-new-tokens 160 --max-length 420 --seed 71 \
+        -o "$work/sums-responses.jsonl"
 fi
 
 # First a little of everything, half of it on short blocks.
@@ -136,8 +138,21 @@ python "$here/pick.py" again "$work/again.jsonl" \
     -o "$work/sixth" --warm-start "$work/judged" --count "$work/subject-responses.jsonl" \
     --count "$work/own-responses.jsonl" --count "$work/lengthy-responses.jsonl" \
     --count "$work/routine-responses.jsonl" --held-out 0.02 --steps 1300
-[ -e "$work/drafter/model.safetensors" ] || judge --responses "$work/unwritten.jsonl" -o "$work/drafter" \
+[ -e "$work/rejudged/model.safetensors" ] || judge --responses "$work/unwritten.jsonl" -o "$work/rejudged" \
     --warm-start "$work/sixth" --learning-rate 0.005 --steps 400 --evaluate-every 100
+
+# Other sums, beside conversations and functions that the sixth did not take again; and the confidence head once more.
+seen+=(--unseen "$work/sixth.jsonl")
+python "$here/pick.py" seventh "$work/seventh.jsonl" "$work/sums-responses.jsonl" "${seen[@]}"
+python "$here/pick.py" beside "$work/beside.jsonl" \
+    "$work"/{library,conversation,function,subject,lengthy,routine,more}-responses.jsonl \
+    --unseen "$work/confidence.jsonl" --unseen "$work/again.jsonl"
+[ -e "$work/seventh/model.safetensors" ] || learn --responses "$work/seventh.jsonl" --responses "$work/beside.jsonl" \
+    -o "$work/seventh" --warm-start "$work/rejudged" --count "$work/subject-responses.jsonl" \
+    --count "$work/own-responses.jsonl" --count "$work/lengthy-responses.jsonl" \
+    --count "$work/routine-responses.jsonl" --held-out 0.02 --steps 900
+[ -e "$work/drafter/model.safetensors" ] || judge --responses "$work/unwritten.jsonl" -o "$work/drafter" \
+    --warm-start "$work/seventh" --learning-rate 0.005 --steps 250 --evaluate-every 125
 
 [ -e "$work/bundle" ] || dspark-edge export --target "$target" --drafter "$work/drafter" -o "$work/bundle"
 dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl"
