@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dspark_edge.engines.bundle_paths import MANIFEST_NAME, check_path, is_recorded
 from dspark_edge.engines.errors import BundleError
-from dspark_edge.engines.manifest import MANIFEST_NAME, FileRecord, Manifest, check_path, is_recorded
+from dspark_edge.engines.manifest import FileRecord, Manifest
 
 __all__ = ["Bundle", "hash_file", "is_bundle", "walk_files"]
 

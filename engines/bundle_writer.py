@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from dspark_edge.engines.bundle import Bundle, hash_file, is_bundle, walk_files
+from dspark_edge.engines.bundle_paths import MANIFEST_NAME, check_path, is_recorded
 from dspark_edge.engines.errors import BundleError
-from dspark_edge.engines.manifest import MANIFEST_NAME, FileRecord, Manifest, check_path, is_recorded
+from dspark_edge.engines.manifest import FileRecord, Manifest
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer

@@ -7,11 +7,11 @@ The dataclasses are the manifest, and are read strictly (``records.py``). The sa
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
+from dspark_edge.engines.bundle_paths import check_path, is_recorded
 from dspark_edge.engines.errors import BundleError
 from dspark_edge.engines.records import (
     Count,
@@ -29,7 +29,6 @@ __all__ = [
     "ACCURACY_LEVELS",
     "DTYPES",
     "LOWERINGS",
-    "MANIFEST_NAME",
     "MARKOV_HEADS",
     "ONNX_RUNTIME_PRECISIONS",
     "PRECISIONS",
@@ -52,12 +51,9 @@ __all__ = [
     "SharedWeight",
     "TargetFacts",
     "TensorSpec",
-    "check_path",
-    "is_recorded",
 ]
 
 SCHEMA_VERSION = 1
-MANIFEST_NAME = "manifest.json"
 
 Lowering = Literal["ort", "onnx", "decomposed"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "w4a16"]
@@ -87,26 +83,6 @@ REQUIRED_ROLES = ("target", "sampler", "sampler_greedy")  # and "drafter" where 
 _SYMBOL = r"[A-Za-z_][A-Za-z0-9_]*"
 _SHA256 = r"[0-9a-f]{64}"
 _UTC_TIME = r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\d(\.\d{1,6})?(Z|\+00:00)"
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
-
-
-def check_path(path: str, where: str) -> str:
-    """``path`` itself, if it is relative, normalised and stays inside the bundle.
-
-    Raises:
-        BundleError: it does not; ``where`` names what holds the path.
-    """
-    parts = path.split("/")
-    if path.startswith("/") or ".." in parts or "\\" in path or path[1:2] == ":":
-        raise BundleError(f"{where} is {path!r}, which points outside its folder; do not trust this bundle")
-    if any(part in ("", ".") for part in parts) or _UNPRINTABLE.search(path):
-        raise BundleError(f"{where} is {path!r}; expected a normalised relative path such as 'target.onnx'")
-    return path
-
-
-def is_recorded(path: str) -> bool:
-    """Whether the manifest records a file of this path: all but itself and what is written after export."""
-    return path not in (MANIFEST_NAME, "calibration.json", "devices") and not path.startswith("devices/")
 
 
 def _dimension(value: object, where: str) -> int | str:

@@ -104,42 +104,46 @@ python "$here/pick.py" fourth "$work/fourth.jsonl" \
     --held-out 0.02 --steps 1000
 
 # Longer ones, and more functions; what the confidence head shall learn from is left to it.
+seen=()
+for part in second third fourth; do seen+=(--unseen "$work/$part.jsonl"); done
 python "$here/pick.py" confidence "$work/confidence.jsonl" \
-    "$work"/{aside,problem,library,more,unseen,written}-responses.jsonl \
-    --unseen "$work/second.jsonl" --unseen "$work/third.jsonl" --unseen "$work/fourth.jsonl"
+    "$work"/{aside,problem,library,more,unseen,written}-responses.jsonl "${seen[@]}"
 python "$here/pick.py" fifth "$work/fifth.jsonl" \
     "$work"/{responses,{more,library,boxed,function,subject,lengthy,routine}-responses}.jsonl \
     --unseen "$work/confidence.jsonl"
-[ -e "$work/fifth/model.safetensors" ] || learn --responses "$work/fifth.jsonl" -o "$work/fifth" \
-    --warm-start "$work/fourth" --count "$work/subject-responses.jsonl" --count "$work/own-responses.jsonl" \
-    --count "$work/lengthy-responses.jsonl" --count "$work/routine-responses.jsonl" --held-out 0.02 --steps 1000
+learn_more() {
+    learn --count "$work/subject-responses.jsonl" --count "$work/own-responses.jsonl" \
+        --count "$work/lengthy-responses.jsonl" --count "$work/routine-responses.jsonl" --held-out 0.02 "$@"
+}
+[ -e "$work/fifth/model.safetensors" ] || learn_more --responses "$work/fifth.jsonl" -o "$work/fifth" \
+    --warm-start "$work/fourth" --steps 1000
 
 # The confidence head alone, on answers that nothing above was trained on: first as the reference's, then with a look at
 # the draft's own distribution, on all but the written prompts.
 python "$here/pick.py" confidence "$work/unwritten.jsonl" "$work"/{aside,problem,library,more,unseen}-responses.jsonl \
-    --unseen "$work/second.jsonl" --unseen "$work/third.jsonl" --unseen "$work/fourth.jsonl"
+    "${seen[@]}"
 judge() {
     dspark-edge train --target "$target" --only confidence --confidence-target outcome --optimizer adamw --warmup 20 \
         --short-share 0 --batch 8 --anchors 32 --held-out 0.1 --checkpoint-every 85 "$@"
 }
 [ -e "$work/blind/model.safetensors" ] || judge --responses "$work/confidence.jsonl" -o "$work/blind" \
     --warm-start "$work/fifth" --no-confidence-draft-probs --learning-rate 0.002 --steps 340 --evaluate-every 85
-[ -e "$work/judged/model.safetensors" ] || judge --responses "$work/unwritten.jsonl" -o "$work/judged" \
-    --warm-start "$work/blind" --learning-rate 0.005 --steps 400 --evaluate-every 100
+judge_again() {
+    judge --responses "$work/unwritten.jsonl" --learning-rate 0.005 "$@"
+}
+[ -e "$work/judged/model.safetensors" ] || judge_again -o "$work/judged" --warm-start "$work/blind" \
+    --steps 400 --evaluate-every 100
 
 # What is left of the answers, most of it sums, beside some of the conversations; and the confidence head once more.
-seen=()
-for part in second third fourth fifth confidence; do seen+=(--unseen "$work/$part.jsonl"); done
+for part in fifth confidence; do seen+=(--unseen "$work/$part.jsonl"); done
 python "$here/pick.py" sixth "$work/sixth.jsonl" "$work/more-responses.jsonl" "${seen[@]}"
 python "$here/pick.py" again "$work/again.jsonl" \
     "$work"/{library,boxed,conversation,function,subject,lengthy,routine}-responses.jsonl \
     --unseen "$work/confidence.jsonl"
-[ -e "$work/sixth/model.safetensors" ] || learn --responses "$work/sixth.jsonl" --responses "$work/again.jsonl" \
-    -o "$work/sixth" --warm-start "$work/judged" --count "$work/subject-responses.jsonl" \
-    --count "$work/own-responses.jsonl" --count "$work/lengthy-responses.jsonl" \
-    --count "$work/routine-responses.jsonl" --held-out 0.02 --steps 1300
-[ -e "$work/rejudged/model.safetensors" ] || judge --responses "$work/unwritten.jsonl" -o "$work/rejudged" \
-    --warm-start "$work/sixth" --learning-rate 0.005 --steps 400 --evaluate-every 100
+[ -e "$work/sixth/model.safetensors" ] || learn_more --responses "$work/sixth.jsonl" \
+    --responses "$work/again.jsonl" -o "$work/sixth" --warm-start "$work/judged" --steps 1300
+[ -e "$work/rejudged/model.safetensors" ] || judge_again -o "$work/rejudged" --warm-start "$work/sixth" \
+    --steps 400 --evaluate-every 100
 
 # Other sums, beside conversations and functions that the sixth did not take again; and the confidence head once more.
 seen+=(--unseen "$work/sixth.jsonl")
@@ -147,12 +151,10 @@ python "$here/pick.py" seventh "$work/seventh.jsonl" "$work/sums-responses.jsonl
 python "$here/pick.py" beside "$work/beside.jsonl" \
     "$work"/{library,conversation,function,subject,lengthy,routine,more}-responses.jsonl \
     --unseen "$work/confidence.jsonl" --unseen "$work/again.jsonl"
-[ -e "$work/seventh/model.safetensors" ] || learn --responses "$work/seventh.jsonl" --responses "$work/beside.jsonl" \
-    -o "$work/seventh" --warm-start "$work/rejudged" --count "$work/subject-responses.jsonl" \
-    --count "$work/own-responses.jsonl" --count "$work/lengthy-responses.jsonl" \
-    --count "$work/routine-responses.jsonl" --held-out 0.02 --steps 900
-[ -e "$work/drafter/model.safetensors" ] || judge --responses "$work/unwritten.jsonl" -o "$work/drafter" \
-    --warm-start "$work/seventh" --learning-rate 0.005 --steps 250 --evaluate-every 125
+[ -e "$work/seventh/model.safetensors" ] || learn_more --responses "$work/seventh.jsonl" \
+    --responses "$work/beside.jsonl" -o "$work/seventh" --warm-start "$work/rejudged" --steps 900
+[ -e "$work/drafter/model.safetensors" ] || judge_again -o "$work/drafter" --warm-start "$work/seventh" \
+    --steps 250 --evaluate-every 125
 
 [ -e "$work/bundle" ] || dspark-edge export --target "$target" --drafter "$work/drafter" -o "$work/bundle"
 dspark-edge calibrate "$work/bundle" --prompts "$here/calibration-prompts.jsonl"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from dspark_edge.engines import manifest as module
+from dspark_edge.engines.bundle_paths import check_path, is_recorded
 from dspark_edge.engines.errors import BundleError
 from dspark_edge.engines.manifest import (
     DrafterFacts,
@@ -25,8 +26,6 @@ from dspark_edge.engines.manifest import (
     SharedWeight,
     TargetFacts,
     TensorSpec,
-    check_path,
-    is_recorded,
 )
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "bundle.schema.json"
