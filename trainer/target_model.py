@@ -128,8 +128,8 @@ class TargetModel:
         return (module.embed_tokens if module.lm_head is None else module.lm_head).weight
 
     def fingerprint(self) -> str:
-        """Tells targets of one shape apart, by some of their weights; 16 hexadecimal digits."""
-        digest = hashlib.sha256(repr(self.config).encode())
+        """Tells targets of one shape apart, by type and some of their weights; 16 hexadecimal digits."""
+        digest = hashlib.sha256(f"{self.config!r} {self.dtype}".encode())
         rows = self.embedding[:: max(1, self.config.vocab_size // 64)]
         for weight in (self.module.norm.weight, rows):
             digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())

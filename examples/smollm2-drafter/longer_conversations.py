@@ -1,10 +1,11 @@
 """Conversations of two turns whose questions say more than one thing at a time, again on other subjects.
 
-python longer_conversations.py lengthy.jsonl aside.jsonl
+python longer_conversations.py lengthy.jsonl aside.jsonl further.jsonl
 
 People rarely ask in one short sentence, as most openings of `more_conversations.py` do: they set a scene, name
-conditions, paste a text. Those in `aside.jsonl` are for the confidence head alone. Put together by a seeded generator;
-none is a question of a benchmark.
+conditions, paste a text. Those in `aside.jsonl` are for the confidence head alone; those in
+`further.jsonl` are made of the same, and none opens as another does. Put together by a seeded generator; none is a
+question of a benchmark.
 """
 
 from __future__ import annotations
@@ -215,13 +216,19 @@ Now do it without using the letter z.|Translate the main idea into a proverb.|An
 """
 COUNT = 640
 ASIDE = 100
+FURTHER = 448
 
 
 def main() -> None:
     source = random.Random(31)
     found: dict[str, list[str]] = {}
     add(found, COUNT, parts(OPENINGS), parts(REPLIES), source, FILLERS)
-    write(found, source, ASIDE, sys.argv[1:])
+    *paths, further = sys.argv[1:]
+    known = set(found)
+    write(found, source, ASIDE, paths)
+    source = random.Random(32)
+    add(found, COUNT + FURTHER, parts(OPENINGS), parts(REPLIES), source, FILLERS)
+    write({opening: turns for opening, turns in found.items() if opening not in known}, source, 0, [further])
 
 
 if __name__ == "__main__":

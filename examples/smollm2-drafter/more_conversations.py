@@ -216,11 +216,12 @@ def add(
 
 
 def write(found: dict[str, list[str]], source: random.Random, aside: int, paths: list[str]) -> None:
-    """Shuffle conversations into two files, so many of them into the second."""
+    """Shuffle conversations into two files, so many of them into the second; or all into one."""
     prompts = list(found.values())
     source.shuffle(prompts)
     lines = [json.dumps({"domain": "chat", "turns": turns}) + "\n" for turns in prompts]
-    for path, part in zip(paths, (lines[:-aside], lines[-aside:]), strict=True):
+    first = len(lines) - aside
+    for path, part in zip(paths, (lines[:first], lines[first:]) if aside else (lines,), strict=True):
         Path(path).write_text("".join(part), encoding="utf-8")
 
 

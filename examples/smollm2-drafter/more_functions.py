@@ -1,9 +1,10 @@
 """More small functions to be completed, on other tasks than those of `conversations.py`.
 
-python more_functions.py functions.jsonl aside.jsonl
+python more_functions.py functions.jsonl aside.jsonl again.jsonl
 
 Each is asked for twice, in other words and with other examples, which are computed here; the functions in
-`aside.jsonl` are for the confidence head alone. None is of a benchmark.
+`aside.jsonl` are for the confidence head alone, and `again.jsonl` asks for all others in the words that are left. None
+is of a benchmark.
 """
 
 from __future__ import annotations
@@ -529,11 +530,22 @@ def stub(function: Function, phrase: str, source: random.Random) -> str:
 def main() -> None:
     source = random.Random(7)
     functions = source.sample(FUNCTIONS, len(FUNCTIONS))
-    for path, chosen in zip(sys.argv[1:], (functions[ASIDE:], functions[:ASIDE]), strict=True):
-        prompts = [stub(one, phrase, source) for one in chosen for phrase in source.sample(PHRASES, 2)]
-        source.shuffle(prompts)
-        lines = [json.dumps({"domain": "code", "turns": [prompt]}) + "\n" for prompt in prompts]
-        Path(path).write_text("".join(lines), encoding="utf-8")
+    first, aside, again = map(Path, sys.argv[1:])
+    left: list[tuple[Function, str]] = []
+    for path, chosen in ((first, functions[ASIDE:]), (aside, functions[:ASIDE])):
+        prompts = []
+        for one in chosen:
+            phrases = source.sample(PHRASES, 2)
+            prompts += [stub(one, phrase, source) for phrase in phrases]
+            left += [(one, phrase) for phrase in PHRASES if phrase not in phrases and path == first]
+        write(path, prompts, source)
+    write(again, [stub(one, phrase, source) for one, phrase in left], source)
+
+
+def write(path: Path, prompts: list[str], source: random.Random) -> None:
+    source.shuffle(prompts)
+    lines = [json.dumps({"domain": "code", "turns": [prompt]}) + "\n" for prompt in prompts]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

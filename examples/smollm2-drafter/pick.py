@@ -5,11 +5,12 @@ python pick.py PART picked.jsonl responses.jsonl … [--unseen PICKED.jsonl]
 A file is known by what stands before `-responses`, the one without by `first`. What the part before left weak weighs
 most: in the second part functions to be completed and conversation, answered greedily; in those after it conversations
 of two turns, on other subjects each; the sixth takes what is left, most of it sums, and `again` some of the others
-beside it; the seventh is other sums, and `beside` what the sixth did not take again. Long sequences are mostly left
-out of the second, because their features take the time of two short ones; the others have them, because a drafter is
-no better at a depth than what it has seen of it. The confidence head is trained on answers that no part has seen,
-since what a drafter knows by heart says nothing of its chances: `--unseen` names what the parts before have picked,
-and what later ones shall leave to it.
+beside it; the seventh is other sums, and `beside` what the sixth did not take again; the eighth is other answers of all
+kinds, and `among` functions and problems that neither took again. Long sequences are mostly left out of the second,
+because their features take the time of two short ones; the others have them, because a drafter is no better at a depth
+than what it has seen of it. The confidence head is trained on answers that no part has seen, since what a drafter knows
+by heart says nothing of its chances: `--unseen` names what the parts before have picked, and what later ones shall
+leave to it.
 """
 
 from __future__ import annotations
@@ -145,6 +146,30 @@ PARTS = {
             ("library", "code", 0.0): 45e3,
             ("routine", "code", 0.0): 15e3,
             ("function", "code", 0.0): 10e3,
+        },
+        longest=600,
+        usually_long=600,
+    ),
+    "eighth": Part(
+        {  # all there are
+            ("further", "chat", 0.0): 600e3,
+            ("further", "chat", 1.0): 100e3,
+            ("further", "synthesised", 0.0): 100e3,
+            ("retold", "code", 0.0): 50e3,
+            ("moresums", "math", 0.0): 600e3,
+        },
+        longest=600,
+        usually_long=600,
+    ),
+    "among": Part(  # among the eighth, which has few functions; with --unseen of what went beside the two before
+        {
+            ("library", "code", 0.0): 60e3,
+            ("function", "code", 0.0): 15e3,
+            ("routine", "code", 0.0): 15e3,
+            ("more", "code", 0.0): 20e3,
+            ("boxed", "math", 0.0): 15e3,
+            ("lengthy", "chat", 0.0): 20e3,
+            ("subject", "chat", 0.0): 20e3,
         },
         longest=600,
         usually_long=600,

@@ -12,18 +12,18 @@ mkdir -p "$work"
 
 if [ -z "$prompts" ]; then
     for name in responses {more,library,boxed,conversation,function,subject,own}-responses \
-        {aside,problem,lengthy,routine,unseen,written,sums}-responses; do
+        {aside,problem,lengthy,routine,unseen,written,sums,further,retold,moresums}-responses; do
         [ -e "$work/$name.jsonl" ] || xz -dkc "$here/$name.jsonl.xz" > "$work/$name.jsonl"
     done
 else
     # The words come with a bundle: its tokenizer and chat template.
     [ -e "$work/plain" ] || dspark-edge export --target "$target" --drafter ngram -o "$work/plain"
-    python "$here/prompts.py" "$prompts" "$work"/{boxed,stub,sums}-prompts.jsonl
+    python "$here/prompts.py" "$prompts" "$work"/{boxed,stub,sums,moresums}-prompts.jsonl
     python "$here/library_stubs.py" "$work/library-prompts.jsonl"
     python "$here/conversations.py" "$work/conversation-prompts.jsonl" "$work/function-prompts.jsonl"
     python "$here/more_conversations.py" "$work/subject-prompts.jsonl" "$work/aside-prompts.jsonl"
-    python "$here/longer_conversations.py" "$work/lengthy-prompts.jsonl" "$work/lengthy-aside-prompts.jsonl"
-    python "$here/more_functions.py" "$work/routine-prompts.jsonl" "$work/routine-aside-prompts.jsonl"
+    python "$here/longer_conversations.py" "$work"/{lengthy,lengthy-aside,further}-prompts.jsonl
+    python "$here/more_functions.py" "$work"/{routine,routine-aside,retold}-prompts.jsonl
     tail -n 96 "$work/boxed-prompts.jsonl" > "$work/problem-prompts.jsonl"
     respond() {
         dspark-edge respond --bundle "$work/plain" --target "$target" --wave 128 "$@"
@@ -68,6 +68,15 @@ else
         -o "$work/written-responses.jsonl"
     respond --prompts "$work/sums-prompts.jsonl" --greedy-share 1 --max-new-tokens 160 --max-length 420 --seed 71 \
         -o "$work/sums-responses.jsonl"
+    respond --prompts "$work/moresums-prompts.jsonl" --greedy-share 1 --max-new-tokens 160 --max-length 420 --seed 81 \
+        -o "$work/moresums-responses.jsonl"
+    respond --prompts "$work/retold-prompts.jsonl" --greedy-share 1 --max-new-tokens 128 --max-length 400 \
+        -o "$work/retold-responses.jsonl"
+    respond --prompts "$work/further-prompts.jsonl" --greedy-share 0.9 --max-new-tokens 128 --max-length 600 \
+        --seed 81 -o "$work/further-conversations.jsonl"
+    respond --synthesise 320 --greedy-share 1 --max-new-tokens 128 --max-length 330 --seed 81 \
+        -o "$work/further-own.jsonl"
+    cat "$work"/{further-conversations,further-own}.jsonl > "$work/further-responses.jsonl"
 fi
 
 # First a little of everything, half of it on short blocks.
@@ -153,7 +162,18 @@ python "$here/pick.py" beside "$work/beside.jsonl" \
     --unseen "$work/confidence.jsonl" --unseen "$work/again.jsonl"
 [ -e "$work/seventh/model.safetensors" ] || learn_more --responses "$work/seventh.jsonl" \
     --responses "$work/beside.jsonl" -o "$work/seventh" --warm-start "$work/rejudged" --steps 900
-[ -e "$work/drafter/model.safetensors" ] || judge_again -o "$work/drafter" --warm-start "$work/seventh" \
+[ -e "$work/judged-seventh/model.safetensors" ] || judge_again -o "$work/judged-seventh" \
+    --warm-start "$work/seventh" --steps 250 --evaluate-every 125
+
+# Other answers of all kinds, among functions and problems that neither took again; and the confidence head once more.
+seen+=(--unseen "$work/seventh.jsonl")
+python "$here/pick.py" eighth "$work/eighth.jsonl" "$work"/{further,retold,moresums}-responses.jsonl "${seen[@]}"
+python "$here/pick.py" among "$work/among.jsonl" \
+    "$work"/{library,function,routine,more,boxed,lengthy,subject}-responses.jsonl \
+    --unseen "$work/confidence.jsonl" --unseen "$work/again.jsonl" --unseen "$work/beside.jsonl"
+[ -e "$work/eighth/model.safetensors" ] || learn_more --responses "$work/eighth.jsonl" \
+    --responses "$work/among.jsonl" -o "$work/eighth" --warm-start "$work/judged-seventh" --steps 1150
+[ -e "$work/drafter/model.safetensors" ] || judge_again -o "$work/drafter" --warm-start "$work/eighth" \
     --steps 250 --evaluate-every 125
 
 [ -e "$work/bundle" ] || dspark-edge export --target "$target" --drafter "$work/drafter" -o "$work/bundle"

@@ -219,10 +219,12 @@ def test_the_target_in_torch_writes_the_same_greedy_answers(
     arguments = ("--bundle", text_bundle_dir, "--prompts", write_prompts([*ENTRIES]), "--greedy-share", "1", *OPTIONS)
     run_here(*arguments, "-o", tmp_path / "engine.jsonl")
     in_torch = (*arguments, "-o", tmp_path / "torch.jsonl", "--target", reference_dir / "qwen3_target")
+    in_torch += ("--compute-type", "fp32")
     run_here(*in_torch)
     assert greedy_answers(tmp_path / "torch.jsonl") == greedy_answers(tmp_path / "engine.jsonl")
     # A file that was begun one way does not go on another way.
     assert "other settings" in refused(*arguments, "-o", tmp_path / "torch.jsonl")
+    assert "other settings" in refused(*in_torch, "--compute-type", "bf16")
     assert "--device is 'abacus'" in refused(*in_torch, "--device", "abacus")
 
 

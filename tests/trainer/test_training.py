@@ -31,7 +31,7 @@ SHAPE = DrafterSettings(layers=1, block_size=4, taps=(0, 2), markov_rank=8)
 QUICK = TrainingSettings(
     steps=12, batch=4, anchors=5, learning_rate=2e-3, warmup=2, held_out=0.2, evaluate_every=4, checkpoint_every=4
 )
-EXACT = Resources(device="cpu", dtype="fp32")
+EXACT = Resources(device="cpu", compute_type="fp32", dtype="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +218,25 @@ def test_other_settings_do_not_go_on_with_a_run(target: Path, responses: Path, t
         train_drafter(target, [responses], tmp_path / "d", SHAPE, other, EXACT)
 
 
+def test_in_bf16_it_learns_the_same_and_is_another_run(target: Path, responses: Path, tmp_path: Path) -> None:
+    rough = replace(EXACT, compute_type="bf16")
+    exact = train_drafter(target, [responses], tmp_path / "exact", SHAPE, QUICK, EXACT)
+    with pytest.raises(Killed):
+        train_drafter(target, [responses], tmp_path / "rough", SHAPE, QUICK, rough, killer(5))
+    with pytest.raises(InvalidInputError, match="holds a run on other responses, with another target"):
+        train_drafter(target, [responses], tmp_path / "rough", SHAPE, QUICK, EXACT)
+    outcome = train_drafter(target, [responses], tmp_path / "rough", SHAPE, QUICK, rough)
+    losses = [
+        np.array([entry["loss"] for entry in read_metrics(tmp_path / name / "metrics.jsonl")])
+        for name in ("exact", "rough")
+    ]
+    assert not np.array_equal(*losses)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
+    assert outcome.tau_greedy == pytest.approx(exact.tau_greedy, rel=0.1)
+    kinds = [json.loads((tmp_path / name / "training.json").read_text())["compute_type"] for name in ("exact", "rough")]
+    assert kinds == ["float32", "bfloat16"]
+
+
 def test_a_damaged_checkpoint_is_named(target: Path, responses: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         train_drafter(target, [responses], tmp_path / "d", SHAPE, QUICK, EXACT, killer(5))
@@ -254,7 +273,7 @@ def test_features_from_the_cache_or_on_the_fly_train_alike(target: Path, respons
     """Only fp16 is between them."""
     losses = []
     for name, size in (("cached", 10**9), ("half", 60_000), ("none", 0)):
-        resources = Resources(device="cpu", dtype="fp32", cache_bytes=size)
+        resources = replace(EXACT, cache_bytes=size)
         train_drafter(target, [responses], tmp_path / name, SHAPE, QUICK, resources)
         losses.append(read_metrics(tmp_path / name / "metrics.jsonl")[-1]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
@@ -262,7 +281,7 @@ def test_features_from_the_cache_or_on_the_fly_train_alike(target: Path, respons
 
 
 def test_a_cache_that_is_kept_serves_the_next_run(target: Path, responses: Path, tmp_path: Path) -> None:
-    resources = Resources(device="cpu", dtype="fp32", cache=tmp_path / "cache")
+    resources = replace(EXACT, cache=tmp_path / "cache")
     computed: list[int] = []
     listener = Listener(features=lambda done, total: computed.append(done))
     train_drafter(target, [responses], tmp_path / "a", SHAPE, QUICK, resources, listener)
@@ -287,7 +306,19 @@ def test_gradient_checkpointing_changes_no_gradient(
 def test_two_processes_train_what_one_does(target: Path, responses: Path, tmp_path: Path) -> None:
     command = ["train", "--target", str(target), "--responses", str(responses), "--layers", "1", "--block-size", "4"]
     command += ["--taps", "0,2", "--markov-rank", "8", "--steps", "6", "--batch", "4", "--anchors", "5", "--warmup"]
-    command += ["2", "--held-out", "0.2", "--dtype", "fp32", "--device", "cpu", "--threads", "1"]
+    command += [
+        "2",
+        "--held-out",
+        "0.2",
+        "--compute-type",
+        "fp32",
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    ]
     launch = {
         "one": ["-m", "dspark_edge.runtime.cli"],
         "two": [
@@ -380,7 +411,7 @@ def test_going_on_from_a_drafter(target: Path, responses: Path, tmp_path: Path) 
 
 
 def test_copies_are_written_when_asked(target: Path, responses: Path, tmp_path: Path) -> None:
-    resources = Resources(device="cpu", dtype="fp32", copies=True)
+    resources = replace(EXACT, copies=True)
     train_drafter(target, [responses], tmp_path / "d", SHAPE, QUICK, resources)
     stored = load_file(tmp_path / "d" / "model.safetensors")
     own = load_file(target / "model.safetensors")

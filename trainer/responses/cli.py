@@ -19,6 +19,7 @@ from dspark_edge.runtime.cli.options import backend_options, engine_choice
 from dspark_edge.runtime.generator import Generator
 from dspark_edge.runtime.prompts import PromptRecord, read_prompt_records
 from dspark_edge.runtime.tokenizer import Tokenizer
+from dspark_edge.trainer.compute_types import COMPUTE_TYPES
 from dspark_edge.trainer.responses.engine_responder import BatchResponder, GeneratorResponder
 from dspark_edge.trainer.responses.plan import ResponseSettings, Script
 from dspark_edge.trainer.responses.responders import Responder
@@ -69,6 +70,13 @@ def _progress() -> Iterator[Report]:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE.jsonl")
 @click.option("--target", help="Run this checkpoint of the bundle's target in torch instead of the bundle's graphs.")
 @click.option("--device", default="cpu", show_default=True, help="Where --target runs: cpu, cuda, cuda:1 …")
+@click.option(
+    "--compute-type",
+    type=click.Choice(COMPUTE_TYPES),
+    default="auto",
+    show_default=True,
+    help="What --target computes in; auto: bf16 where that is faster.",
+)
 @click.option("--max-new-tokens", type=int, default=256, show_default=True)
 @click.option("--max-length", type=int, help="Leave out prompts that would get longer.  [default: the capacity]")
 @click.option(
@@ -87,6 +95,7 @@ def respond(
     output: Path,
     target: str | None,
     device: str,
+    compute_type: str,
     samples: tuple[str, ...],
     wave: int | None,
     max_length: int | None,
@@ -111,9 +120,14 @@ def respond(
     # Before the target is loaded, which takes a while.
     template = ChatTemplate.load(bundle.path)
     longest = limits.capacity if max_length is None else min(max_length, limits.capacity)
-    script = Script(records, settings, tokenizer, template, longest, _identity(bundle, target), vocab_size)
+    identity = _identity(bundle, target, compute_type)
+    script = Script(records, settings, tokenizer, template, longest, identity, vocab_size)
     with ExitStack() as stack:
-        responder = _responder(stack, bundle, target, device, choice)
+        responder = (
+            _engine_responder(stack, bundle, choice)
+            if target is None
+            else _torch_responder(bundle, target, device, compute_type, choice.threads)
+        )
         report = stack.enter_context(_progress())
         lines = write_responses(script, responder, output, report)
     skipped = f"; {script.skipped} were too long and left out" if script.skipped else ""
@@ -130,17 +144,16 @@ def _wave(bundle: Bundle, target: str | None, given: int | None) -> int:
     return min(_WAVE, most) if given is None else given
 
 
-def _responder(stack: ExitStack, bundle: Bundle, target: str | None, device: str, choice: EngineChoice) -> Responder:
-    if target is not None:
-        return _torch_responder(bundle, target, device, choice.threads)
+def _engine_responder(stack: ExitStack, bundle: Bundle, choice: EngineChoice) -> Responder:
     engine = stack.enter_context(choice.open(bundle))
     return GeneratorResponder(Generator(engine)) if bundle.manifest.limits.max_batch == 1 else BatchResponder(engine)
 
 
-def _torch_responder(bundle: Bundle, target: str, device: str, threads: int | None) -> Responder:
+def _torch_responder(bundle: Bundle, target: str, device: str, compute_type: str, threads: int | None) -> Responder:
     try:
         import torch
 
+        from dspark_edge.trainer.compute_types import pick_compute_type
         from dspark_edge.trainer.responses.torch_responder import TorchResponder
         from dspark_edge.trainer.target_model import TargetModel
         from dspark_edge.trainer.training.processes import pick_device
@@ -153,8 +166,7 @@ def _torch_responder(bundle: Bundle, target: str, device: str, threads: int | No
         torch.set_num_threads(threads)
     manifest = bundle.manifest
     where = pick_device(device)
-    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    model = TargetModel.load(target, manifest.limits.capacity, where, dtype)
+    model = TargetModel.load(target, manifest.limits.capacity, where, pick_compute_type(compute_type, where))
     for name in ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
         given, expected = getattr(model.config, name), getattr(manifest.target, name)
         if given != expected:
@@ -165,8 +177,8 @@ def _torch_responder(bundle: Bundle, target: str, device: str, threads: int | No
     return TorchResponder(model, manifest.target.eos_token_ids)
 
 
-def _identity(bundle: Bundle, target: str | None) -> str:
+def _identity(bundle: Bundle, target: str | None, compute_type: str) -> str:
     """Tells targets, and ways of running them, apart."""
     hashes = {record.path: record.sha256 for record in bundle.manifest.files}
     graph = bundle.manifest.graphs["target"].file
-    return f"{hashes.get(f'{graph}.data') or hashes[graph]} {'engine' if target is None else 'torch'}"
+    return f"{hashes.get(f'{graph}.data') or hashes[graph]} {'engine' if target is None else f'torch {compute_type}'}"

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bars
 
 from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.trainer.compute_types import COMPUTE_TYPES
 from dspark_edge.trainer.training.initialization import WARM_STARTS
 from dspark_edge.trainer.training.objective import CONFIDENCE_TARGETS
 from dspark_edge.trainer.training.settings import HEADS, OPTIMIZERS, PARTS, DrafterSettings, TrainingSettings
@@ -160,7 +161,16 @@ def _listener() -> Iterator[Listener]:
 @click.option("--cache-gb", type=float, default=8.0, show_default=True, help="Most that the feature cache may take.")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: a GPU where there is one]")
 @click.option("--threads", type=int, help="Threads on a CPU.  [default: all cores]")
-@click.option("--dtype", type=click.Choice(("fp32", "fp16", "bf16")), default="fp16", show_default=True)
+@click.option(
+    "--compute-type",
+    type=click.Choice(COMPUTE_TYPES),
+    default="auto",
+    show_default=True,
+    help="What products are computed in; auto: bf16 where that is faster.",
+)
+@click.option(
+    "--dtype", type=click.Choice(("fp32", "fp16", "bf16")), default="fp16", show_default=True, help="On disk."
+)
 @click.option("--copies", is_flag=True, help="Write copies of the target's embedding and head, too.")
 @click.option("--overwrite", is_flag=True, help="Begin anew, whatever the folder holds.")
 def train(
@@ -193,7 +203,7 @@ def train(
         "mask_token_id",
         "key_value_heads",
     )
-    resource_names = ("device", "cache", "max_length", "dtype", "copies")
+    resource_names = ("device", "compute_type", "cache", "max_length", "dtype", "copies")
     drafter = DrafterSettings(taps=parse_taps(taps), **{name: given.pop(name) for name in drafter_names})
     resources = Resources(cache_bytes=int(cache_gb * 1e9), **{name: given.pop(name) for name in resource_names})
     with _listener() as listener:

@@ -18,6 +18,7 @@ from dspark_edge.engines.machine import installed_version
 from dspark_edge.exporter.checkpoint import open_checkpoint
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig, read_decoder_config
 from dspark_edge.runtime.reporting.html_page import require_matplotlib
+from dspark_edge.trainer.compute_types import COMPUTE_TYPES, pick_compute_type
 from dspark_edge.trainer.memory import format_bytes
 from dspark_edge.trainer.target_model import TargetModel
 from dspark_edge.trainer.training.checkpoints import drafter_config_json, save_drafter, write_text
@@ -47,6 +48,7 @@ class Resources:
     device: str | None = None  # None: a GPU where there is one
     cache: Path | None = None  # the feature cache's folder; None: beside the checkpoints, removed in the end
     cache_bytes: int = 8_000_000_000
+    compute_type: str = "auto"  # of target and drafter while they are computed, see `COMPUTE_TYPES`
     max_length: int | None = None  # sequences are cut behind so many tokens
     dtype: str = "fp16"  # of the drafter on disk
     copies: bool = False  # write copies of the target's embedding and head, too
@@ -54,6 +56,10 @@ class Resources:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise InvalidInputError(f"dtype is {self.dtype!r}, expected one of: {', '.join(_DTYPES)}")
+        if self.compute_type not in COMPUTE_TYPES:
+            raise InvalidInputError(
+                f"compute_type is {self.compute_type!r}, expected one of: {', '.join(COMPUTE_TYPES)}"
+            )
         if self.cache_bytes < 0:
             raise InvalidInputError(f"the cache is {self.cache_bytes} bytes, expected 0 (none) or more")
         if self.max_length is not None and self.max_length < 3:
@@ -123,7 +129,8 @@ def _train(
     processes.wait()
     given = _read(target, responses, counted, drafter, training, resources, listener)
     split, shape = given.split, given.shape
-    model = TargetModel.load(target, given.longest, processes.device, _target_dtype(processes))
+    compute_type = pick_compute_type(resources.compute_type, processes.device)
+    model = TargetModel.load(target, given.longest, processes.device, compute_type)
     with _Stores(model, split, shape.tap_layers, output, resources, listener, processes) as stores:
         trainer = Trainer(model, shape, split, stores, given.vocabulary, training, output, processes)
         parameters = sum(parameter.numel() for parameter in trainer.drafter.parameters())
@@ -136,7 +143,10 @@ def _train(
             final = drafter_config_json(outcome.drafter, given.target_config, training.anchors)
             copies = model if resources.copies else None
             save_drafter(output, outcome.drafter, final, _DTYPES[resources.dtype], given.vocabulary, copies)
-            write_text(output / "training.json", _provenance(target, responses, split, drafter, training, outcome))
+            write_text(
+                output / "training.json",
+                _provenance(target, responses, split, drafter, training, outcome, compute_type),
+            )
             plot_metrics(output / METRICS_NAME, output / "training.png")
         trainer.finish()
     listener.say(f"a step took {outcome.median_step_s:.2f} s (median); peak memory {format_bytes(outcome.peak_memory)}")
@@ -236,10 +246,6 @@ def _prepare_folder(output: Path, overwrite: bool) -> None:
         raise InvalidInputError(f"cannot make {output}: {error.strerror or error}") from None
 
 
-def _target_dtype(processes: Processes) -> torch.dtype:
-    return torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-
-
 class _Stores(AbstractContextManager[tuple[FeatureStore, FeatureStore]]):
     """The feature stores of both parts, filled; a cache that was nobody's choice is removed in the end."""
 
@@ -290,6 +296,7 @@ def _provenance(
     drafter: DrafterSettings,
     training: TrainingSettings,
     outcome: Outcome,
+    compute_type: torch.dtype,
 ) -> str:
     """What the drafter was made of, as JSON."""
     versions = {name: installed_version(name) for name in ("dspark-edge", "torch", "numpy")}
@@ -300,6 +307,7 @@ def _provenance(
         "response_tokens": int(sum(end - first for example in split.train for first, end in example.answers)),
         "drafter": asdict(drafter),
         "training": {**asdict(training), "warm_start": Path(training.warm_start).name},
+        "compute_type": str(compute_type).removeprefix("torch."),
         "held_out": {"tau_greedy": outcome.tau_greedy, "tau_sampled": outcome.tau_sampled},
         "median_step_s": outcome.median_step_s,
         "peak_memory_bytes": outcome.peak_memory,

@@ -17,6 +17,7 @@ import torch
 
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.exporter.configuration import DrafterConfig
+from dspark_edge.trainer.compute_types import autocast
 from dspark_edge.trainer.memory import available_memory, peak_memory
 from dspark_edge.trainer.target_model import TargetModel
 from dspark_edge.trainer.training.batches import Batch, batch_of_step, collate, draw_anchors
@@ -68,7 +69,7 @@ class Trainer:
     """One run over one split.
 
     Args:
-        target: the model that is drafted for.
+        target: the model that is drafted for; the drafter is computed in its type.
         shape: the drafter's.
         split: responses.
         stores: features of the training and of the held-out part, filled.
@@ -90,7 +91,7 @@ class Trainer:
         processes: Processes,
     ) -> None:
         self._split, self._stores, self._settings, self._processes = split, stores, settings, processes
-        self._device = processes.device
+        self._device, self._compute_type = processes.device, target.dtype
         # A split smaller than a step's batch is seen several times a step's worth of steps, not refused.
         self._batch_size = min(settings.batch, len(split.train))
         longest = max(len(example) for example in (*split.train, *split.held_out))
@@ -208,7 +209,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-        with _autocast(self._device):
+        with autocast(self._device, self._compute_type):
             helps = fading(step, settings)
             measures = step_loss(
                 self._wrapped,
@@ -255,7 +256,7 @@ class Trainer:
             chosen = list(range(start, min(start + size, len(examples))))
             random = [np.random.default_rng((self._settings.seed, 3, index)) for index in chosen]
             batch = self._collate(examples, store, chosen, random, block, self._settings.anchors)
-            with _autocast(self._device):
+            with autocast(self._device, self._compute_type):
                 measures = step_loss(self.drafter, self._vocabulary, batch, self._markov_w2())
             zero, one = evaluate_blocks(measures, batch)
             sums[:4] += torch.stack((zero.sum(), _count(zero), one.sum(), _count(one))).double()
@@ -335,11 +336,6 @@ def make_optimizers(drafter: TrainableDrafter, settings: TrainingSettings) -> tu
     if not matrices:
         return (adam,)
     return adam, Muon(matrices, settings.learning_rate, weight_decay=settings.weight_decay)
-
-
-def _autocast(device: torch.device) -> torch.autocast:
-    """bf16 on a GPU, fp32 on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def _activations(shape: DrafterConfig, settings: TrainingSettings, length: int) -> int:
