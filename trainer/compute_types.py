@@ -9,13 +9,23 @@ from dspark_edge.engines.errors import InvalidInputError
 if TYPE_CHECKING:  # the names are also read by commands that run without torch
     import torch
 
-__all__ = ["COMPUTE_TYPES", "autocast", "pick_compute_type"]
+__all__ = ["COMPUTE_TYPES", "autocast", "check_compute_type", "pick_compute_type"]
 
 COMPUTE_TYPES = ("auto", "fp32", "bf16")
 """auto: bf16 where the device multiplies it faster than fp32, which GPUs and newer CPUs do."""
 
 # Of torch.cpu.get_capabilities(): AVX512-BF16, AMX, and Arm's BF16 extension. Others can compute in bf16, but slowly.
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+def check_compute_type(wanted: str) -> None:
+    """Refuse what is none of `COMPUTE_TYPES`.
+
+    Raises:
+        InvalidInputError: `wanted` is none of `COMPUTE_TYPES`.
+    """
+    if wanted not in COMPUTE_TYPES:
+        raise InvalidInputError(f"compute_type is {wanted!r}, expected one of: {', '.join(COMPUTE_TYPES)}")
 
 
 def pick_compute_type(wanted: str, device: torch.device) -> torch.dtype:
@@ -26,8 +36,7 @@ def pick_compute_type(wanted: str, device: torch.device) -> torch.dtype:
     """
     import torch
 
-    if wanted not in COMPUTE_TYPES:
-        raise InvalidInputError(f"compute_type is {wanted!r}, expected one of: {', '.join(COMPUTE_TYPES)}")
+    check_compute_type(wanted)
     if wanted == "auto":
         wanted = "bf16" if device.type != "cpu" or _cpu_has_bf16() else "fp32"
     return torch.bfloat16 if wanted == "bf16" else torch.float32

@@ -19,7 +19,8 @@ from dspark_edge.runtime.cli.options import backend_options, engine_choice
 from dspark_edge.runtime.generator import Generator
 from dspark_edge.runtime.prompts import PromptRecord, read_prompt_records
 from dspark_edge.runtime.tokenizer import Tokenizer
-from dspark_edge.trainer.compute_types import COMPUTE_TYPES
+from dspark_edge.trainer.compute_types import pick_compute_type
+from dspark_edge.trainer.options import compute_type_option
 from dspark_edge.trainer.responses.engine_responder import BatchResponder, GeneratorResponder
 from dspark_edge.trainer.responses.plan import ResponseSettings, Script
 from dspark_edge.trainer.responses.responders import Responder
@@ -70,13 +71,7 @@ def _progress() -> Iterator[Report]:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE.jsonl")
 @click.option("--target", help="Run this checkpoint of the bundle's target in torch instead of the bundle's graphs.")
 @click.option("--device", default="cpu", show_default=True, help="Where --target runs: cpu, cuda, cuda:1 …")
-@click.option(
-    "--compute-type",
-    type=click.Choice(COMPUTE_TYPES),
-    default="auto",
-    show_default=True,
-    help="What --target computes in; auto: bf16 where that is faster.",
-)
+@compute_type_option
 @click.option("--max-new-tokens", type=int, default=256, show_default=True)
 @click.option("--max-length", type=int, help="Leave out prompts that would get longer.  [default: the capacity]")
 @click.option(
@@ -153,7 +148,6 @@ def _torch_responder(bundle: Bundle, target: str, device: str, compute_type: str
     try:
         import torch
 
-        from dspark_edge.trainer.compute_types import pick_compute_type
         from dspark_edge.trainer.responses.torch_responder import TorchResponder
         from dspark_edge.trainer.target_model import TargetModel
         from dspark_edge.trainer.training.processes import pick_device

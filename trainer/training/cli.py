@@ -13,7 +13,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bars
 
 from dspark_edge.engines.errors import InvalidInputError
-from dspark_edge.trainer.compute_types import COMPUTE_TYPES
+from dspark_edge.trainer.options import compute_type_option
 from dspark_edge.trainer.training.initialization import WARM_STARTS
 from dspark_edge.trainer.training.objective import CONFIDENCE_TARGETS
 from dspark_edge.trainer.training.settings import HEADS, OPTIMIZERS, PARTS, DrafterSettings, TrainingSettings
@@ -161,13 +161,7 @@ def _listener() -> Iterator[Listener]:
 @click.option("--cache-gb", type=float, default=8.0, show_default=True, help="Most that the feature cache may take.")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: a GPU where there is one]")
 @click.option("--threads", type=int, help="Threads on a CPU.  [default: all cores]")
-@click.option(
-    "--compute-type",
-    type=click.Choice(COMPUTE_TYPES),
-    default="auto",
-    show_default=True,
-    help="What products are computed in; auto: bf16 where that is faster.",
-)
+@compute_type_option
 @click.option(
     "--dtype", type=click.Choice(("fp32", "fp16", "bf16")), default="fp16", show_default=True, help="On disk."
 )

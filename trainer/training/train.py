@@ -18,7 +18,7 @@ from dspark_edge.engines.machine import installed_version
 from dspark_edge.exporter.checkpoint import open_checkpoint
 from dspark_edge.exporter.configuration import DecoderConfig, DrafterConfig, read_decoder_config
 from dspark_edge.runtime.reporting.html_page import require_matplotlib
-from dspark_edge.trainer.compute_types import COMPUTE_TYPES, pick_compute_type
+from dspark_edge.trainer.compute_types import check_compute_type, pick_compute_type
 from dspark_edge.trainer.memory import format_bytes
 from dspark_edge.trainer.target_model import TargetModel
 from dspark_edge.trainer.training.checkpoints import drafter_config_json, save_drafter, write_text
@@ -56,10 +56,7 @@ class Resources:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise InvalidInputError(f"dtype is {self.dtype!r}, expected one of: {', '.join(_DTYPES)}")
-        if self.compute_type not in COMPUTE_TYPES:
-            raise InvalidInputError(
-                f"compute_type is {self.compute_type!r}, expected one of: {', '.join(COMPUTE_TYPES)}"
-            )
+        check_compute_type(self.compute_type)
         if self.cache_bytes < 0:
             raise InvalidInputError(f"the cache is {self.cache_bytes} bytes, expected 0 (none) or more")
         if self.max_length is not None and self.max_length < 3:
