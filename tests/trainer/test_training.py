@@ -497,7 +497,7 @@ def test_blocks_of_an_earlier_answer_end_with_it() -> None:
 def test_every_sequence_comes_once_an_epoch() -> None:
     from dspark_edge.trainer.training.batches import batch_of_step, epoch_order
 
-    lengths = [5 + (7 * index) % 11 for index in range(40)]
+    lengths = tuple(5 + (7 * index) % 11 for index in range(40))
     for epoch in (0, 1):
         batches = epoch_order(lengths, 4, seed=3, epoch=epoch)
         assert sorted(index for batch in batches for index in batch) == list(range(40))

@@ -14,16 +14,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.errors import InvalidInputError, MissingDependencyError
 from dspark_edge.engines.opening import EngineChoice
-from dspark_edge.runtime.chat_template import ChatTemplate
 from dspark_edge.runtime.cli.options import backend_options, engine_choice
 from dspark_edge.runtime.generator import Generator
 from dspark_edge.runtime.prompts import PromptRecord, read_prompt_records
-from dspark_edge.runtime.tokenizer import Tokenizer
 from dspark_edge.trainer.compute_types import pick_compute_type
 from dspark_edge.trainer.options import compute_type_option
 from dspark_edge.trainer.responses.engine_responder import BatchResponder, GeneratorResponder
 from dspark_edge.trainer.responses.plan import ResponseSettings, Script
 from dspark_edge.trainer.responses.responders import Responder
+from dspark_edge.trainer.responses.words import Words
 from dspark_edge.trainer.responses.writer import Report, write_responses
 
 __all__ = ["respond"]
@@ -65,11 +64,22 @@ def _progress() -> Iterator[Report]:
 
 
 @click.command(no_args_is_help=True)
-@click.option("--bundle", "bundle_path", required=True, type=click.Path(path_type=Path), help="Whose words to write.")
+@click.option(
+    "--bundle", "bundle_path", type=click.Path(path_type=Path), help="Whose words to write.  [default: --target's]"
+)
 @click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="One prompt a line.")
 @click.option("--synthesise", type=int, default=0, show_default=True, help="Prompts that the target writes itself.")
+@click.option(
+    "--openings",
+    type=click.Path(path_type=Path),
+    metavar="FILE.jsonl",
+    help="How those begin, a line each, in turn: prompts that the target goes on with.  [default: with nothing]",
+)
+@click.option(
+    "--synthesised-turns", type=int, default=1, show_default=True, help="Turns of conversations that it writes itself."
+)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE.jsonl")
-@click.option("--target", help="Run this checkpoint of the bundle's target in torch instead of the bundle's graphs.")
+@click.option("--target", help="Run this checkpoint in torch instead of the bundle's graphs.")
 @click.option("--device", default="cpu", show_default=True, help="Where --target runs: cpu, cuda, cuda:1 …")
 @compute_type_option
 @click.option("--max-new-tokens", type=int, default=256, show_default=True)
@@ -85,8 +95,9 @@ def _progress() -> Iterator[Report]:
 @click.option("--wave", type=int, help="Sequences decoded together.  [default: 32, or what the bundle decodes at most]")
 @backend_options
 def respond(
-    bundle_path: Path,
+    bundle_path: Path | None,
     prompts: Path | None,
+    openings: Path | None,
     output: Path,
     target: str | None,
     device: str,
@@ -99,40 +110,58 @@ def respond(
     """Write the target's own answers to prompts, for a drafter to learn from. Started again, it goes on."""
     if prompts is None and not given["synthesise"]:
         raise InvalidInputError("nothing to answer: give --prompts, --synthesise or both")
+    if bundle_path is None and target is None:
+        raise InvalidInputError("whose answers? give --bundle, --target or both")
+    if openings is not None and not given["synthesise"]:
+        raise InvalidInputError("--openings begin what the target writes itself; say with --synthesise how much")
     choice = engine_choice(given)
     if choice.threads is not None and choice.threads < 1:
         raise InvalidInputError(f"threads is {choice.threads}, expected at least 1")
     if max_length is not None and max_length < 2:
         raise InvalidInputError(f"max_length is {max_length}, expected at least 2 tokens")
-    bundle = Bundle.open(bundle_path)
+    bundle = None if bundle_path is None else Bundle.open(bundle_path)
     wave = _wave(bundle, target, wave)
     settings = ResponseSettings(samples=parse_samples(samples) or (("", 1),), wave=wave, **given)
     records: list[PromptRecord] = read_prompt_records(prompts) if prompts is not None else []
-    tokenizer = Tokenizer.load(bundle.path)
-    if tokenizer is None:
-        raise InvalidInputError(f"{bundle_path} has no tokenizer, which prompts need")
-    limits, vocab_size = bundle.manifest.limits, bundle.manifest.target.vocab_size
+    begun: list[PromptRecord] = read_prompt_records(openings) if openings is not None else []
     # Before the target is loaded, which takes a while.
-    template = ChatTemplate.load(bundle.path)
-    longest = limits.capacity if max_length is None else min(max_length, limits.capacity)
-    identity = _identity(bundle, target, compute_type)
-    script = Script(records, settings, tokenizer, template, longest, identity, vocab_size)
+    words = _words(bundle, target)
+    longest = words.capacity if max_length is None else min(max_length, words.capacity)
+    identity = f"{words.identity} {'engine' if target is None else f'torch {compute_type}'}"
+    script = Script(records, settings, words.tokenizer, words.template, longest, identity, words.vocab_size, begun)
     with ExitStack() as stack:
-        responder = (
-            _engine_responder(stack, bundle, choice)
-            if target is None
-            else _torch_responder(bundle, target, device, compute_type, choice.threads)
-        )
+        if target is not None:
+            # As many positions as are used: a target of 128 k would have tables for all of them.
+            responder: Responder = _torch_responder(
+                bundle, words, longest, target, device, compute_type, choice.threads
+            )
+        else:
+            assert bundle is not None
+            responder = _engine_responder(stack, bundle, choice)
         report = stack.enter_context(_progress())
         lines = write_responses(script, responder, output, report)
     skipped = f"; {script.skipped} were too long and left out" if script.skipped else ""
     click.echo(f"{output}: {lines} lines{skipped}", err=True)
 
 
-def _wave(bundle: Bundle, target: str | None, given: int | None) -> int:
+def _words(bundle: Bundle | None, target: str | None) -> Words:
+    if bundle is not None:
+        return Words.of_bundle(bundle)
+    assert target is not None
+    try:
+        return Words.of_checkpoint(target)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("dspark_edge"):
+            raise
+        raise MissingDependencyError(error.name or "torch", "dspark-edge respond --target", "train") from error
+
+
+def _wave(bundle: Bundle | None, target: str | None, given: int | None) -> int:
     """Sequences decoded together; a bundle that decodes one at a time still writes its answers wave by wave."""
+    if bundle is None or target is not None:
+        return _WAVE if given is None else given
     most = bundle.manifest.limits.max_batch
-    if target is not None or most == 1:
+    if most == 1:
         return _WAVE if given is None else given
     if given is not None and given > most:
         raise InvalidInputError(f"--wave is {given}, the bundle decodes at most {most} sequences together")
@@ -144,7 +173,15 @@ def _engine_responder(stack: ExitStack, bundle: Bundle, choice: EngineChoice) ->
     return GeneratorResponder(Generator(engine)) if bundle.manifest.limits.max_batch == 1 else BatchResponder(engine)
 
 
-def _torch_responder(bundle: Bundle, target: str, device: str, compute_type: str, threads: int | None) -> Responder:
+def _torch_responder(
+    bundle: Bundle | None,
+    words: Words,
+    longest: int,
+    target: str,
+    device: str,
+    compute_type: str,
+    threads: int | None,
+) -> Responder:
     try:
         import torch
 
@@ -158,21 +195,13 @@ def _torch_responder(bundle: Bundle, target: str, device: str, compute_type: str
 
     if threads is not None:
         torch.set_num_threads(threads)
-    manifest = bundle.manifest
     where = pick_device(device)
-    model = TargetModel.load(target, manifest.limits.capacity, where, pick_compute_type(compute_type, where))
+    model = TargetModel.load(target, longest, where, pick_compute_type(compute_type, where))
     for name in ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
-        given, expected = getattr(model.config, name), getattr(manifest.target, name)
-        if given != expected:
+        given, expected = getattr(model.config, name), None if bundle is None else getattr(bundle.manifest.target, name)
+        if expected is not None and given != expected:
             raise InvalidInputError(
                 f"{target} has a {name} of {given}, the bundle's target one of {expected}; give the target that the "
                 "bundle was made from"
             )
-    return TorchResponder(model, manifest.target.eos_token_ids)
-
-
-def _identity(bundle: Bundle, target: str | None, compute_type: str) -> str:
-    """Tells targets, and ways of running them, apart."""
-    hashes = {record.path: record.sha256 for record in bundle.manifest.files}
-    graph = bundle.manifest.graphs["target"].file
-    return f"{hashes.get(f'{graph}.data') or hashes[graph]} {'engine' if target is None else f'torch {compute_type}'}"
+    return TorchResponder(model, words.eos_ids)

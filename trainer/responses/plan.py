@@ -46,6 +46,7 @@ class ResponseSettings:
     greedy_share: float = 0.5  # of the prompts get one greedy response among theirs
     temperature: float = 1.0  # of the responses that are not greedy
     synthesise: int = 0  # prompts that the target writes itself
+    synthesised_turns: int = 1  # what it says as the user in each, with an answer after every turn
     seed: int = 0
     wave: int = 32  # sequences decoded together
 
@@ -60,6 +61,7 @@ class ResponseSettings:
                 "a number above 0 (for greedy responses set greedy_share)",
             ),
             ("synthesise", self.synthesise >= 0, "0 or more"),
+            ("synthesised_turns", self.synthesised_turns >= 1, "at least 1"),
             ("seed", self.seed >= 0, "0 or more"),
             ("wave", self.wave >= 1, "at least 1"),
         )
@@ -105,6 +107,8 @@ class Script:
         capacity: most tokens of a request and its response; None: no limit.
         model: identifies the target, for the digest.
         vocab_size: the target's; None: token ids are not checked.
+        openings: how synthesised prompts begin, in turn: their last words are the user's, and the target goes on with
+            them. Domains are theirs. None: the target begins itself.
 
     Raises:
         InvalidInputError: a prompt cannot be asked (the message names its line), no prompt can be synthesised, the
@@ -120,31 +124,45 @@ class Script:
         capacity: int | None,
         model: str,
         vocab_size: int | None = None,
+        openings: Sequence[PromptRecord] = (),
     ) -> None:
         self._prompts, self._settings = prompts, settings
         self._tokenizer, self._template = tokenizer, template
         self._capacity, self._vocab_size = capacity, vocab_size
         self.skipped = 0  # requests that do not fit the capacity
         said = [hash_prompts(list(prompts)), asdict(settings), capacity, model]
+        said += [hash_prompts(list(openings))] if openings else []
         self.digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+        self._openings = [_Opening.of(record) for record in openings] if settings.synthesise else []
+        self._openings = self._openings or [_Opening(SYNTHESISED, (), "")]
         self._check()
         # Made here, so that what is wrong with a prompt shows before any is answered.
         self._first_turn = list(self._turn(0, {}))
-        self._to_synthesise = self._synthesise() if settings.synthesise else []
+        self._to_synthesise = list(self._synthesise(0, {}, {})) if settings.synthesise else []
 
     def phases(self, answers: Mapping[JobKey, tuple[int, ...]]) -> Iterator[list[list[Job]]]:
         """Waves of each phase. `answers` holds, by job, what earlier phases got; it is read when a phase is reached."""
         self.skipped = 0
         if self._to_synthesise:
             yield self._waves(self._to_synthesise, 0)
-        yield self._waves([*self._first_turn, *self._answer_synthesised(self._synthesised(answers))], 1)
-        for turn in range(1, max([1, *(record.num_turns for record in self._prompts)])):
-            yield self._waves(list(self._turn(turn, answers)), turn + 1)
+        texts = self._synthesised(answers)
+        own_turns = self._settings.synthesised_turns if texts else 0
+        turns = max([1, *(record.num_turns for record in self._prompts)])
+        for phase in range(1, max(turns, 2 * own_turns - 1) + 1):
+            jobs = self._first_turn if phase == 1 else list(self._turn(phase - 1, answers))
+            if phase // 2 < own_turns:
+                # What the target says as the user, and what it answers, take turns.
+                more = self._answer_synthesised if phase % 2 else self._synthesise
+                jobs = [*jobs, *more(phase // 2, texts, answers)]
+            yield self._waves(jobs, phase)
 
     def stands_on(self, key: JobKey) -> bool:
         """Whether a later phase needs the answer to this job."""
         kind, prompt, turn, _ = key
-        return kind == "prompt" or (prompt < len(self._prompts) and turn + 1 < self._prompts[prompt].num_turns)
+        own = prompt >= len(self._prompts)
+        return kind == "prompt" or turn + 1 < (
+            self._settings.synthesised_turns if own else self._prompts[prompt].num_turns
+        )
 
     def _check(self) -> None:
         settings = self._settings
@@ -153,7 +171,8 @@ class Script:
                 f"max_new_tokens is {settings.max_new_tokens}, expected less than the capacity of {self._capacity} "
                 "tokens, which a prompt and its response share"
             )
-        known = {record.domain for record in self._prompts} | ({SYNTHESISED} if settings.synthesise else set())
+        known = {record.domain for record in self._prompts}
+        known |= {opening.domain for opening in self._openings} if settings.synthesise else set()
         for domain, _ in settings.samples:
             if domain and domain not in known:
                 raise InvalidInputError(
@@ -238,41 +257,114 @@ class Script:
             raise InvalidInputError("the prompt is empty; give at least one token")
         return token_ids
 
-    def _synthesise(self) -> list[Job]:
-        """The template up to where the user speaks, as often as prompts are wanted."""
+    def _synthesise(
+        self, turn: int, texts: Mapping[int, str], answers: Mapping[JobKey, tuple[int, ...]]
+    ) -> Iterator[Job]:
+        """Jobs of what the target says as the user in a turn: the template up to there, and how it shall begin."""
         if self._template is None:
             raise InvalidInputError("prompts cannot be synthesised: the target has no chat template")
-        opening, found, _ = self._template.render([Message("user", _SENTINEL)]).partition(_SENTINEL)
+        first = len(self._prompts)
+        encoded: dict[int, list[int]] = {}  # by opening
+        for prompt in range(first, first + self._settings.synthesise):
+            opening = self._opening(prompt)
+            for sample in range(self._settings.samples_of(opening.domain) if turn else 1):
+                if turn == 0:
+                    number = prompt % len(self._openings)
+                    if number not in encoded:
+                        encoded[number] = self._encode_opening(opening.earlier, opening.text)
+                    token_ids = encoded[number]
+                else:
+                    messages = self._conversation(prompt, turn, sample, texts, answers)
+                    if messages is None:
+                        continue
+                    token_ids = self._encode_opening(messages, "")
+                yield self._job("prompt", prompt, turn, sample, opening.domain, token_ids)
+
+    def _opening(self, prompt: int) -> _Opening:
+        return self._openings[prompt % len(self._openings)]
+
+    def _encode_opening(self, messages: Sequence[Message], text: str) -> list[int]:
+        """Token ids up to where the user goes on."""
+        assert self._template is not None
+        rendered = self._template.render([*messages, Message("user", text + _SENTINEL)])
+        opening, found, _ = rendered.partition(_SENTINEL)
         if not found:
             raise InvalidInputError("prompts cannot be synthesised: the chat template changes what the user says")
         token_ids = self._tokenizer.encode(opening, add_special_tokens=False)
         if not token_ids:
             raise InvalidInputError("prompts cannot be synthesised: the chat template begins with what the user says")
-        if self._capacity is not None and len(token_ids) + self._settings.max_new_tokens > self._capacity:
+        fits = self._capacity is None or len(token_ids) + self._settings.max_new_tokens <= self._capacity
+        if not messages and not fits:
             raise InvalidInputError(
                 f"prompts cannot be synthesised: {len(token_ids)} tokens of the chat template and max_new_tokens, "
                 f"{self._settings.max_new_tokens}, pass the capacity of {self._capacity} tokens"
             )
-        first = len(self._prompts)
-        return [
-            self._job("prompt", first + index, 0, 0, SYNTHESISED, token_ids)
-            for index in range(self._settings.synthesise)
-        ]
+        return token_ids
 
     def _synthesised(self, answers: Mapping[JobKey, tuple[int, ...]]) -> dict[int, str]:
-        """Usable texts by prompt number: whole, not empty, each once."""
+        """Usable first texts by prompt number: whole, not empty, each once."""
         texts: dict[int, str] = {}
         seen: set[str] = set()
-        for (kind, prompt, _, _), answer in sorted(answers.items()):
-            if kind == "prompt" and len(answer) < self._settings.max_new_tokens:  # a cut text has no end
-                text = self._tokenizer.decode(answer).strip()
+        for (kind, prompt, turn, _), answer in sorted(answers.items()):
+            if kind == "prompt" and turn == 0 and len(answer) < self._settings.max_new_tokens:  # a cut text has no end
+                text = (self._opening(prompt).text + self._tokenizer.decode(answer)).strip()
                 if text and text not in seen:
                     seen.add(text)
                     texts[prompt] = text
         return texts
 
-    def _answer_synthesised(self, texts: Mapping[int, str]) -> Iterator[Job]:
+    def _answer_synthesised(
+        self, turn: int, texts: Mapping[int, str], answers: Mapping[JobKey, tuple[int, ...]]
+    ) -> Iterator[Job]:
+        """Jobs of the answers to what the target said as the user in a turn."""
         for prompt, text in texts.items():
-            token_ids = self._encode([Message("user", text)])
-            for sample in range(self._settings.samples_of(SYNTHESISED)):
-                yield self._job("response", prompt, 0, sample, SYNTHESISED, token_ids)
+            opening = self._opening(prompt)
+            for sample in range(self._settings.samples_of(opening.domain)):
+                messages: list[Message] | None = [*opening.earlier]
+                if turn:
+                    said = answers.get(("prompt", prompt, turn, sample), ())
+                    messages = self._conversation(prompt, turn, sample, texts, answers)
+                    text = self._tokenizer.decode(said).strip() if len(said) < self._settings.max_new_tokens else ""
+                if messages is not None and text:
+                    token_ids = self._encode([*messages, Message("user", text)])
+                    yield self._job("response", prompt, turn, sample, opening.domain, token_ids)
+
+    def _conversation(
+        self,
+        prompt: int,
+        turns: int,
+        sample: int,
+        texts: Mapping[int, str],
+        answers: Mapping[JobKey, tuple[int, ...]],
+    ) -> list[Message] | None:
+        """The first turns of a prompt that the target made up, with its answers; None where it stopped earlier."""
+        if prompt not in texts:
+            return None
+        messages = [*self._opening(prompt).earlier]
+        for turn in range(turns):
+            text, answer = texts[prompt], answers.get(("response", prompt, turn, sample))
+            if turn:
+                said = answers.get(("prompt", prompt, turn, sample), ())
+                text = self._tokenizer.decode(said).strip() if len(said) < self._settings.max_new_tokens else ""
+            if answer is None or not text:
+                return None
+            messages += [Message("user", text), Message("assistant", self._tokenizer.decode(answer).strip())]
+        return messages
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """How a synthesised prompt begins."""
+
+    domain: str
+    earlier: tuple[Message, ...]
+    text: str  # the user's, to be gone on with
+
+    @classmethod
+    def of(cls, record: PromptRecord) -> _Opening:
+        messages = record.messages or tuple(Message("user", text) for text in record.turns[:1])
+        if record.token_ids or record.num_turns > 1 or messages[-1].role != "user":
+            raise InvalidInputError(
+                f"openings, line {record.line}: expected a text, or messages of which the user's comes last"
+            )
+        return cls(record.domain, messages[:-1], messages[-1].content)

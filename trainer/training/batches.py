@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from dspark_edge.trainer.training.dataset import Example
 from dspark_edge.trainer.training.features import Features
@@ -39,6 +41,12 @@ class Batch:
     greedy: torch.Tensor  # [B] bool, the responses that are greedy
 
 
+@lru_cache(maxsize=2)
+def _order(lengths: tuple[int, ...], batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """`epoch_order`, once an epoch: of a hundred thousand sequences it takes longer than a step."""
+    return epoch_order(lengths, batch, seed, epoch)
+
+
 def epoch_order(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of an epoch: a permutation, sorted by length in buckets, the batches shuffled again.
 
@@ -54,11 +62,11 @@ def epoch_order(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> li
     return [batches[index] for index in random.permutation(len(batches))]
 
 
-def batch_of_step(lengths: Sequence[int], batch: int, seed: int, step: int) -> tuple[int, list[int]]:
+def batch_of_step(lengths: tuple[int, ...], batch: int, seed: int, step: int) -> tuple[int, list[int]]:
     """The epoch of a step, and the sequences that it sees."""
     each = len(lengths) // batch  # buckets are whole batches: only the last one leaves something out
     epoch = step // each
-    return epoch, epoch_order(lengths, batch, seed, epoch)[step % each]
+    return epoch, _order(lengths, batch, seed, epoch)[step % each]
 
 
 def draw_anchors(
@@ -103,34 +111,40 @@ def collate(
     block: int,
     device: torch.device,
 ) -> Batch:
-    """Pad sequences and anchors, and gather what the loss needs of each block."""
+    """Pad sequences and anchors, and gather what the loss needs of each block.
+
+    Features are padded where they lie: those that were computed on the device stay there.
+    """
     batch, most = len(examples), max(len(chosen) for chosen in anchors)
-    longest = max(len(example) for example in examples)
-    padded = torch.zeros((batch, longest, features[0].taps.shape[1]), dtype=features[0].taps.dtype)
-    positions = torch.zeros((batch, most), dtype=torch.int64)
-    previous = torch.zeros((batch, most, block), dtype=torch.int64)
-    labels = torch.zeros((batch, most, block), dtype=torch.int64)
-    valid = torch.zeros((batch, most, block), dtype=torch.bool)
-    hidden = torch.zeros((batch, most, block, features[0].hidden.shape[1]), dtype=features[0].hidden.dtype)
-    normalizers = torch.zeros((batch, most, block))
-    offsets = torch.arange(block)
-    for row, (example, found, chosen) in enumerate(zip(examples, features, anchors, strict=True)):
-        count, length = len(chosen), len(example)
-        token_ids = torch.from_numpy(example.token_ids.astype(np.int64))
-        starts = torch.from_numpy(chosen)
-        padded[row, :length] = found.taps
-        positions[row, :count] = starts
-        before = starts[:, None] + offsets  # positions of x₀ … x_{γ−1}
-        inside = before + 1 < torch.from_numpy(block_ends(example, chosen))[:, None]
-        before = before.clamp(max=length - 1)
-        previous[row, :count] = token_ids[before]
-        labels[row, :count] = token_ids[(before + 1).clamp(max=length - 1)]
-        valid[row, :count] = inside
-        hidden[row, :count] = found.hidden[before]
-        normalizers[row, :count] = found.log_normalizers[before]
-    greedy = torch.tensor([example.greedy for example in examples])
-    moved = (
-        part.to(device, non_blocking=True)
-        for part in (padded, positions, previous[..., 0], previous, labels, valid, hidden, normalizers, greedy)
+    positions = np.zeros((batch, most), dtype=np.int64)
+    before = np.zeros((batch, most, block), dtype=np.int64)  # positions of x₀ … x_{γ−1}
+    previous, labels = np.zeros_like(before), np.zeros_like(before)
+    valid = np.zeros((batch, most, block), dtype=bool)
+    offsets = np.arange(block)
+    for row, (example, chosen) in enumerate(zip(examples, anchors, strict=True)):
+        count, last = len(chosen), len(example) - 1
+        behind = chosen[:, None] + offsets
+        positions[row, :count] = chosen
+        valid[row, :count] = behind + 1 < block_ends(example, chosen)[:, None]
+        before[row, :count] = np.minimum(behind, last)
+        previous[row, :count] = example.token_ids[before[row, :count]]
+        labels[row, :count] = example.token_ids[np.minimum(behind + 1, last)]
+    greedy = np.array([example.greedy for example in examples])
+    taps, hidden, normalizers = (
+        _pad(parts, device)
+        for parts in zip(*((found.taps, found.hidden, found.log_normalizers) for found in features), strict=True)
     )
-    return Batch(*moved)
+    moved = [
+        torch.from_numpy(part).to(device, non_blocking=True)
+        for part in (positions, previous[..., 0].copy(), previous, labels, valid, before, greedy)
+    ]
+    rows = torch.arange(batch, device=device)[:, None, None]
+    *blocks, places, drawn = moved
+    return Batch(taps, *blocks, hidden[rows, places], normalizers[rows, places], drawn)
+
+
+def _pad(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """[B, S, …] on the device; what lies on the host is padded there and moved as a whole."""
+    if any(part.device != parts[0].device for part in parts):
+        parts = [part.to(device) for part in parts]
+    return pad_sequence(list(parts), batch_first=True).to(device, non_blocking=True)

@@ -13,13 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from dspark_edge.engines.errors import InvalidInputError
 from dspark_edge.trainer.memory import format_bytes
@@ -35,28 +36,43 @@ _SYNC_TOKENS = 50_000
 _CPU_TOKENS = 768
 _GPU_TOKENS = 32_768
 _HEAD_ELEMENTS = 1 << 24
+_GPU_HEAD_ELEMENTS = 1 << 28
 
 Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Of one sequence; in a store on the host, in fp16 but for the normalizers."""
+    """Of one sequence; from a store in fp16 but for the normalizers."""
 
     taps: torch.Tensor  # [S, T·d]
     hidden: torch.Tensor  # [S, d] behind the final norm
     log_normalizers: torch.Tensor  # [S] fp32
 
-    def stored(self) -> Features:
+    def rounded(self) -> Features:
         """As the cache holds them: what is out of fp16's range is cut to it."""
-        taps, hidden = (states.float().clamp(-_FP16_MAX, _FP16_MAX).half().cpu() for states in (self.taps, self.hidden))
-        return Features(taps, hidden, self.log_normalizers.cpu())
+        taps, hidden = (states.float().clamp(-_FP16_MAX, _FP16_MAX).half() for states in (self.taps, self.hidden))
+        return Features(taps, hidden, self.log_normalizers)
+
+    def stored(self) -> Features:
+        """The same on the host."""
+        kept = self.rounded()
+        return Features(kept.taps.cpu(), kept.hidden.cpu(), kept.log_normalizers.cpu())
 
 
 def log_normalizers(target: TargetModel, hidden: torch.Tensor) -> torch.Tensor:
     """hidden [N, d] → log Σ exp(logits) [N] fp32, over the whole vocabulary, piece by piece."""
-    step = max(1, _HEAD_ELEMENTS // target.config.vocab_size)
-    return torch.cat([torch.logsumexp(target.logits(part), dim=-1) for part in hidden.split(step)])
+    on_cpu = hidden.device.type == "cpu"
+    step = max(1, (_HEAD_ELEMENTS if on_cpu else _GPU_HEAD_ELEMENTS) // target.config.vocab_size)
+    if on_cpu:
+        return torch.cat([torch.logsumexp(target.logits(part), dim=-1) for part in hidden.split(step)])
+    return torch.cat([_fused_log_normalizers(functional.linear(part, target.head)) for part in hidden.split(step)])
+
+
+def _fused_log_normalizers(logits: torch.Tensor) -> torch.Tensor:
+    """The same by the one kernel of a GPU that reads logits in their own type: logsumexp would write them four times
+    in fp32."""
+    return logits[:, 0].float() - functional.log_softmax(logits, dim=-1, dtype=torch.float32)[:, 0]
 
 
 @torch.inference_mode()
@@ -67,11 +83,13 @@ def features_of(target: TargetModel, examples: Sequence[Example], taps: Sequence
     for row, example in enumerate(examples):
         ids[row, : len(example)] = torch.from_numpy(example.token_ids)
     tapped, hidden = target.features(ids.to(target.device), taps)
-    found = []
-    for row, example in enumerate(examples):
-        own = hidden[row, : len(example)]
-        found.append(Features(tapped[row, : len(example)], own, log_normalizers(target, own)))
-    return found
+    lengths = [len(example) for example in examples]
+    # Together, as few tokens are a small part of what a GPU does at once.
+    own = torch.cat([hidden[row, :length] for row, length in enumerate(lengths)])
+    normalizers = log_normalizers(target, own).split(lengths)
+    return [
+        Features(tapped[row, :length], hidden[row, :length], normalizers[row]) for row, length in enumerate(lengths)
+    ]
 
 
 class FeatureStore:
@@ -153,6 +171,33 @@ class FeatureStore:
         """Release the mapped files."""
         self._states = self._normalizers = None
 
+    def load_all(self, indices: Sequence[int]) -> list[Features]:
+        """The features of some sequences: those in the cache on the host, the others, computed together, where the
+        target is."""
+        loaded = {index: self.load(index) for index in indices if self._places[index] < self.cached}
+        missing = [index for index in indices if index not in loaded]
+        for part in self._parts(missing):
+            found = features_of(self._target, [self._examples[index] for index in part], self._taps)
+            loaded |= zip(part, (features.rounded() for features in found), strict=True)
+        return [loaded[index] for index in indices]
+
+    def _parts(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        """Cut into forward passes of so many tokens, padding included."""
+        part: list[int] = []
+        longest = 0
+        for index in indices:
+            longest = max(longest, len(self._examples[index]))
+            if part and longest * (len(part) + 1) > self._tokens_at_once:
+                yield part
+                part, longest = [], len(self._examples[index])
+            part.append(index)
+        if part:
+            yield part
+
+    @property
+    def _tokens_at_once(self) -> int:
+        return _CPU_TOKENS if self._target.device.type == "cpu" else _GPU_TOKENS
+
     def load(self, index: int) -> Features:
         """The features of a sequence, on the host in fp16, wherever they come from."""
         place = self._places[index]
@@ -211,13 +256,12 @@ class FeatureStore:
         if self._states is None or self._normalizers is None:
             raise RuntimeError("the cache is filled before it is opened")
         synced = int(self._offsets[done])
-        limit = _CPU_TOKENS if self._target.device.type == "cpu" else _GPU_TOKENS
         while done < self.cached:
             count = 1
             longest = len(self._distinct[done])
             while done + count < self.cached:
                 longest = max(longest, len(self._distinct[done + count]))
-                if longest * (count + 1) > limit:
+                if longest * (count + 1) > self._tokens_at_once:
                     break
                 count += 1
             for found in features_of(self._target, self._distinct[done : done + count], self._taps):

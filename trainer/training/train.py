@@ -127,6 +127,9 @@ def _train(
     given = _read(target, responses, counted, drafter, training, resources, listener)
     split, shape = given.split, given.shape
     compute_type = pick_compute_type(resources.compute_type, processes.device)
+    if processes.device.type == "cuda" and compute_type == torch.bfloat16:
+        # What stays in fp32 (fc, Muon's products) has fp32's range to keep, not all of its digits.
+        torch.set_float32_matmul_precision("high")
     model = TargetModel.load(target, given.longest, processes.device, compute_type)
     with _Stores(model, split, shape.tap_layers, output, resources, listener, processes) as stores:
         trainer = Trainer(model, shape, split, stores, given.vocabulary, training, output, processes)

@@ -107,7 +107,7 @@ class Trainer:
         self.drafter.checkpoint_layers = _activations(shape, settings, longest) > available_memory(self._device) // 2
         self._wrapped = processes.wrap(self.drafter)
         self._optimizers = make_optimizers(self.drafter, settings)
-        self._lengths = [len(example) for example in split.train]
+        self._lengths = tuple(len(example) for example in split.train)
         self._checkpoint = folder / CHECKPOINT_NAME
         self._metrics = MetricsFile(folder / METRICS_NAME)
         said = [
@@ -199,8 +199,7 @@ class Trainer:
         anchors = [
             draw_anchors(example, count, source, prompt_share) for example, source in zip(picked, random, strict=True)
         ]
-        features = [store.load(index) for index in chosen]
-        return collate(picked, features, anchors, block, self._device)
+        return collate(picked, store.load_all(chosen), anchors, block, self._device)
 
     def _step(self, step: int, batch: Batch) -> dict[str, Any]:
         settings, processes = self._settings, self._processes
