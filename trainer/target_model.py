@@ -144,17 +144,20 @@ class TargetModel:
         shape = (batch, self.config.num_key_value_heads, capacity, self.config.head_dim)
         needed = 2 * self.config.num_layers * math.prod(shape) * self.dtype.itemsize
         free = available_memory(self.device)
-        if needed > free:
+        layers = range(self.config.num_layers)
+        try:
+            if needed > free:
+                raise torch.OutOfMemoryError
+            return KeyValueCache(
+                [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in layers],
+                [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in layers],
+                torch.zeros(batch, dtype=torch.int64, device=self.device),
+            )
+        except torch.OutOfMemoryError:  # also where another process was faster
             raise InvalidInputError(
                 f"the caches of {batch} sequences of {capacity} tokens need {format_bytes(needed)}, "
                 f"{format_bytes(free)} are free on {self.device}; decode fewer sequences together"
-            )
-        layers = range(self.config.num_layers)
-        return KeyValueCache(
-            [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in layers],
-            [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in layers],
-            torch.zeros(batch, dtype=torch.int64, device=self.device),
-        )
+            ) from None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., d] after the final norm → [..., V] fp32."""

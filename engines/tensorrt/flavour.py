@@ -72,23 +72,44 @@ class Flavour:
         Raises:
             InvalidInputError: this flavour does not build for one of them.
         """
-        kinds = getattr(self.trt, "ComputeCapability", None)
-        known = {} if kinds is None else {name: kind for name, kind in kinds.__members__.items() if name[2:].isdigit()}
-        found = []
+        known = self._capabilities()
         for text in wanted:
-            name = f"SM{text.replace('.', '')}"
-            if name not in known:
-                able = ", ".join(f"{member[2:-1]}.{member[-1]}" for member in known) or "the GPU that is present alone"
+            if text not in known:
+                able = ", ".join(known) or "the GPU that is present alone"
                 raise InvalidInputError(
                     f"{self.backend} {self.version} does not build for {text!r}; it does for: {able}"
                 )
-            found.append(known[name])
-        return tuple(found)
+        return tuple(known[text] for text in wanted)
+
+    def check_device(self, capability: str) -> None:
+        """See that engines run on a GPU: TensorRT for RTX knows GPUs with RTX cores alone, and those to come.
+
+        Raises:
+            EngineError: they do not; the message says what does run there.
+        """
+        known = self._capabilities()
+        if not known or capability in known or _number(capability) > max(map(_number, known)):
+            return
+        raise EngineError(
+            f"{self.backend} {self.version} does not run on this GPU, which has compute capability {capability}; it "
+            f"does on {', '.join(known)} and later. Build the bundle for TensorRT itself (--backend tensorrt), or use "
+            "ONNX Runtime (--provider cuda)"
+        )
+
+    def _capabilities(self) -> dict[str, Any]:
+        """Members of the module's ComputeCapability by "8.6" and the like; none where it has no such choice."""
+        kinds = getattr(self.trt, "ComputeCapability", None)
+        members = {} if kinds is None else kinds.__members__
+        return {f"{name[2:-1]}.{name[-1]}": kind for name, kind in members.items() if name[2:].isdigit()}
 
     def _missing(self, lowering: str) -> list[str]:
         trt = self.trt
         parser = trt.OnnxParser(make_network(self, trt.Builder(trt.Logger(trt.Logger.ERROR))), trt.Logger())
         return [name for name in _OPERATORS[lowering] if not parser.supports_operator(name)]
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))
 
 
 def load_flavour(backend: str) -> Flavour:

@@ -484,3 +484,17 @@ def test_choices_name_themselves_and_their_device(monkeypatch: pytest.MonkeyPatc
     assert (device.engine, device.provider, device.threads) == ("tensorrt-rtx", "tensorrt-rtx", 1)
     assert device.libraries == {"tensorrt_rtx": "tensorrt_rtx 1.7"}
     assert device.fingerprint != EngineChoice().device().fingerprint
+
+
+def test_a_gpu_that_tensorrt_for_rtx_does_not_know_is_told_what_runs_there(bundle: Bundle) -> None:
+    """Compute capability 9.0 (H100, H200), on which TensorRT for RTX 1.7 was seen to refuse its engines."""
+    flavour, cuda, _ = emulate(bundle, SIZES)
+    names = {name: name for name in ("NONE", "CURRENT", "SM80", "SM86", "SM89", "SM120", "SM121")}
+    flavour.trt.ComputeCapability = SimpleNamespace(__members__=names)
+    for capability in ("8.6", "12.1", "13.0"):
+        flavour.check_device(capability)
+    cuda.compute_capability = "9.0"
+    with pytest.raises(
+        EngineError, match=r"does not run on this GPU, which has compute capability 9\.0; it does on 8\.0"
+    ):
+        TensorRTEngine(bundle, "tensorrt-rtx", flavour, cuda)

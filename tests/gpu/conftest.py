@@ -28,9 +28,12 @@ def cuda() -> Cuda:
 @pytest.fixture(scope="session", params=BACKENDS)
 def flavour(request: pytest.FixtureRequest, cuda: Cuda) -> Flavour:
     try:
-        return load_flavour(request.param)
+        flavour = load_flavour(request.param)
+        if flavour.cross_builds:
+            flavour.check_device(cuda.compute_capability)
     except DSparkError as error:
         pytest.skip(str(error))
+    return flavour
 
 
 @pytest.fixture(scope="session")
