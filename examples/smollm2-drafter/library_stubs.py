@@ -39,9 +39,9 @@ def routines(module: ModuleType) -> Iterator[tuple[str, object]]:
         yield from inspect.getmembers(owner, inspect.isroutine)
 
 
-def stub(name: str, routine: object) -> str | None:
-    """The prompt, or None for a routine that makes no good one."""
-    docstring = inspect.getdoc(routine) or ""
+def stub(name: str, routine: object, docstring: str | None = None) -> str | None:
+    """The prompt, or None for a routine that makes no good one; `docstring` stands for its own."""
+    docstring = (inspect.getdoc(routine) or "") if docstring is None else docstring
     if name.startswith("_") or len(docstring) not in DOCSTRING or '"""' in docstring:
         return None
     try:

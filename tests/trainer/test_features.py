@@ -335,3 +335,28 @@ def test_a_disk_that_fills_up_is_one_line(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidInputError, match=r"cannot write the feature cache in file/cache: .*--cache-gb"):
         FeatureStore(target, examples, TAPS, Path("file/cache"), 10**9).fill()
+
+
+def test_a_batch_comes_from_the_cache_and_from_the_target(
+    target: TargetModel, examples: list[Example], make_store: MakeStore, computed: list[int]
+) -> None:
+    store = make_store(budget=TOKEN_BYTES * sum(LENGTHS[:4]))
+    store.fill()
+    assert store.cached == 4
+    computed.clear()
+    chosen = [6, 1, 5, 0, 7, 4]
+    found = store.load_all(chosen)
+    assert computed == [3, 40, 22, 18]  # 64 tokens at once, padding included: one pass, then one, then two
+    for index, features in zip(chosen, found, strict=True):
+        single = store.load(index)
+        assert features.taps.dtype == features.hidden.dtype == torch.float16
+        torch.testing.assert_close(features.taps, single.taps, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(features.hidden, single.hidden, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(features.log_normalizers, single.log_normalizers, rtol=1e-4, atol=1e-4)
+        # A loss may keep them for its gradient, which it may not of what inference mode made.
+        assert not features.taps.is_inference() and not features.hidden.is_inference()
+
+
+def test_the_fused_normalizers_of_a_gpu_are_the_same() -> None:
+    logits = 8.0 * torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(module._fused_log_normalizers(logits), torch.logsumexp(logits, dim=-1))

@@ -237,3 +237,26 @@ def test_another_target_than_the_bundles_is_refused(text_bundle_dir: Path, tmp_p
     arguments = ("--bundle", text_bundle_dir, "--synthesise", "1", "-o", tmp_path / "r.jsonl", *OPTIONS)
     problem = refused(*arguments, "--target", other)
     assert "has a hidden_size of 32, the bundle's target one of 96; give the target that the bundle was" in problem
+
+
+@pytest.mark.needs_export
+def test_a_target_needs_no_bundle(text_bundle_dir: Path, write_prompts: WritePrompts, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="running a target in torch needs the [train] extra")
+    from tests.exporter.conftest import write_target
+
+    target = write_target(tmp_path / "target")
+    openings = tmp_path / "openings.jsonl"
+    openings.write_text('{"domain": "code", "prompt": "ab"}\n', encoding="utf-8")
+    output = tmp_path / "r.jsonl"
+    arguments = ("--target", target, "--compute-type", "fp32", "--synthesise", "6", "--openings", openings, *OPTIONS)
+    assert "has no tokenizer" in refused(*arguments, "-o", output)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        if (text_bundle_dir / name).exists():
+            shutil.copy(text_bundle_dir / name, target)
+    run_here(*arguments, "-o", output, "--max-length", "200")
+    entries = [json.loads(line) for line in output.read_text().splitlines()]
+    assert sum(entry["kind"] == "prompt" for entry in entries) == 6
+    assert {entry["domain"] for entry in entries} == {"code"}
+    assert "whose answers?" in refused("--prompts", write_prompts([*ENTRIES]), "-o", tmp_path / "other")
+    without = ("--target", target, "--prompts", write_prompts([*ENTRIES]), "-o", tmp_path / "other")
+    assert "say with --synthesise how much" in refused(*without, "--openings", openings)

@@ -42,9 +42,10 @@ def make_script(tokenizer: Tokenizer) -> MakeScript:
         capacity: int | None = 256,
         model: str = "m",
         vocab_size: int | None = 258,
+        openings: Sequence[PromptRecord] = (),
     ) -> Script:
         parsed = None if template is None else ChatTemplate(template)
-        return Script(prompts, settings, tokenizer, parsed, capacity, model, vocab_size)
+        return Script(prompts, settings, tokenizer, parsed, capacity, model, vocab_size, openings)
 
     return make
 
@@ -365,3 +366,74 @@ def test_the_text_bundles_template_and_tokenizer(text_bundle_dir: Path) -> None:
     assert tokenizer is not None
     script = Script(some_prompts(1), SETTINGS, tokenizer, template, 256, "m")
     assert text_of(jobs_of(script)[0]) == "u: say 0\na: "
+
+
+OPENINGS = (
+    PromptRecord(1, "code", turns=("def ",)),
+    PromptRecord(2, "chat", messages=(Message("user", "hello"), Message("assistant", "hi"), Message("user", "so"))),
+)
+
+
+def test_the_target_goes_on_with_openings_in_turn(make_script: MakeScript) -> None:
+    settings = replace(SETTINGS, synthesise=3, samples=(("", 1), ("code", 2)))
+    script = make_script([], settings, openings=OPENINGS)
+    jobs = jobs_of(script, lambda job: f"x{job.prompt}" if job.kind == "prompt" else "ok")
+    begun = {job.prompt: text_of(job) for job in jobs if job.kind == "prompt"}
+    assert begun == {0: "u: def ", 1: "u: hello\na: hi\nu: so", 2: "u: def "}
+    answered = sorted((job.prompt, job.sample, job.domain, text_of(job)) for job in jobs if job.kind == "response")
+    assert answered == [
+        (0, 0, "code", "u: def x0\na: "),
+        (0, 1, "code", "u: def x0\na: "),
+        (1, 0, "chat", "u: hello\na: hi\nu: sox1\na: "),
+        (2, 0, "code", "u: def x2\na: "),
+        (2, 1, "code", "u: def x2\na: "),
+    ]
+    assert script.digest != make_script([], settings, openings=OPENINGS[:1]).digest
+    plain = replace(SETTINGS, synthesise=3)
+    assert make_script([], plain, openings=OPENINGS).digest != make_script([], plain).digest
+
+
+def test_the_target_makes_up_whole_conversations(make_script: MakeScript) -> None:
+    settings = replace(SETTINGS, synthesise=4, synthesised_turns=3, samples=(("", 2),))
+    cut = tuple(b"x" * 16)  # as long as may be: it has no end
+
+    def say(job: Job) -> str | tuple[int, ...]:
+        if job.kind == "response":
+            return f"r{job.turn}{job.sample}"
+        if job.prompt == 3 or (job.prompt == 2 and job.turn == 1 and job.sample == 1):
+            return cut
+        return f"q{job.prompt}{job.turn}{job.sample}"
+
+    file = [PromptRecord(1, "chat", turns=("one", "two"))]
+    script = make_script(file, settings)
+    phases = asked(script, say)
+    kinds = [sorted({(job.kind, job.turn) for wave in waves for job in wave}) for waves in phases]
+    assert kinds == [
+        [("prompt", 0)],
+        [("response", 0)],
+        [("prompt", 1), ("response", 1)],  # the file's second turn comes beside it
+        [("response", 1)],
+        [("prompt", 2)],
+        [("response", 2)],
+    ]
+    last = {(job.prompt, job.sample): text_of(job) for wave in phases[-1] for job in wave}
+    assert last[1, 0] == "u: q100\na: r00\nu: q110\na: r10\nu: q120\na: "
+    assert last[1, 1] == "u: q100\na: r01\nu: q111\na: r11\nu: q121\na: "
+    # A text without its end ends the conversation it stands in: prompt 2's at once, as it is the fourth of these.
+    assert sorted(last) == [(1, 0), (1, 1), (2, 0), (4, 0), (4, 1)]
+    own = [job.key for waves in phases for wave in waves for job in wave if job.prompt > 0]
+    assert all(script.stands_on(key) for key in own if key[0] == "prompt")
+    assert {key[2] for key in own if key[0] == "response" and script.stands_on(key)} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        PromptRecord(7, "a", token_ids=(1, 2)),
+        PromptRecord(7, "a", turns=("one", "two")),
+        PromptRecord(7, "a", messages=(Message("user", "one"), Message("assistant", "two"))),
+    ],
+)
+def test_openings_that_no_user_can_go_on_with_are_refused(make_script: MakeScript, opening: PromptRecord) -> None:
+    with pytest.raises(InvalidInputError, match="openings, line 7: expected a text, or messages"):
+        make_script([], replace(SETTINGS, synthesise=1), openings=[opening])
