@@ -23,23 +23,29 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-# The first two are what `tensorrt-rtx-cu13` installs, which is no wheel itself.
-PACKAGES = ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings", "gguf", "setuptools")
+PACKAGES = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings", "gguf", "setuptools")
 """What a machine with CUDA, torch, transformers, onnx and onnxscript lacks for engines of TensorRT for RTX."""
+
+# Comes as source alone, a few lines of Python that name the other two: its wheel is made here, and serves anywhere.
+_BUILT = ("tensorrt-rtx-cu13",)
 
 _GLIBC = ("2_39", "2_35", "2_34", "2_31", "2_28", "2_27", "2_17")  # pip takes these literally
 _LIST = "pieces.json"
 
 
-def download(packages: Iterable[str], python: str, folder: Path) -> None:
+def download(packages: Sequence[str], python: str, folder: Path) -> None:
     """Wheels of packages for another Python, without what they need."""
+    pip = (sys.executable, "-m", "pip")
+    built = [package for package in packages if package.split("==")[0] in _BUILT]
+    if built:
+        subprocess.run([*pip, "wheel", "-q", "--no-deps", "--wheel-dir", str(folder), *built], check=True)
     platforms = [f"--platform=manylinux_{version}_x86_64" for version in _GLIBC]
     options = ["--no-deps", "--only-binary=:all:", "--implementation=cp", f"--python-version={python}", *platforms]
-    command = [sys.executable, "-m", "pip", "download", "-q", "--dest", str(folder), *options, *packages]
-    subprocess.run(command, check=True)
+    packages = [package for package in packages if package not in built]
+    subprocess.run([*pip, "download", "-q", "--dest", str(folder), *options, *packages], check=True)
 
 
 def pack(kit: Path, files: Sequence[Path], piece_size: int) -> list[Path]:
