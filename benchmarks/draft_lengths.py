@@ -34,8 +34,8 @@ from dspark_edge.trainer.training.trainer import shared_vocabulary
 
 
 @torch.no_grad()
-def survived(folder: Path, target: TargetModel, examples: Sequence[Example]) -> tuple[int, list[np.ndarray]]:
-    """γ, and for every anchor of each answer how many drafts are the tokens that came, [anchors]."""
+def survived(folder: Path, target: TargetModel, examples: Sequence[Example]) -> tuple[int, list[list[np.ndarray]]]:
+    """γ, and of each answer of each example how many drafts are the tokens that came, for every anchor [anchors]."""
     shape, ids = read_shape(folder), read_vocabulary(folder)
     drafter = TrainableDrafter(shape, max(len(example) for example in examples))
     continue_from(drafter, folder, ids)
@@ -45,16 +45,17 @@ def survived(folder: Path, target: TargetModel, examples: Sequence[Example]) -> 
     found = []
     for example in examples:
         features = [one.rounded() for one in features_of(target, [example], shape.tap_layers)]
-        anchors = np.arange(example.prompt_length, len(example) - 1)
+        ranges = [np.arange(first, end - 1) for first, end in example.answers]  # of earlier turns, too
+        anchors = np.concatenate(ranges)
         batch = collate([example], features, [anchors], shape.block_size, target.device)
         with autocast(target.device, target.dtype):
             measures = step_loss(drafter, vocabulary, batch, w2)
         right = (measures.correct & batch.valid)[0].int().cumprod(dim=-1).sum(dim=-1)
-        found.append(right.cpu().numpy())
+        found.append(np.split(right.cpu().numpy(), np.cumsum([len(one) for one in ranges])[:-1]))
     return shape.block_size, found
 
 
-def walk(lengths: np.ndarray, block: int) -> tuple[list[int], int]:
+def walk(lengths: np.ndarray) -> tuple[list[int], int]:
     """Rounds over an answer: what each accepts, and the tokens committed in all."""
     accepted, place = [], 0
     while place < len(lengths):
@@ -67,10 +68,11 @@ def measure(folder: Path, target: TargetModel, examples: Sequence[Example]) -> d
     block, lengths = survived(folder, target, examples)
     rounds: dict[str, list[int]] = defaultdict(list)
     tokens: dict[str, int] = defaultdict(int)
-    for example, one in zip(examples, lengths, strict=True):
-        accepted, committed = walk(one, block)
-        rounds[example.domain] += accepted
-        tokens[example.domain] += committed
+    for example, answers in zip(examples, lengths, strict=True):
+        for one in answers:
+            accepted, committed = walk(one)
+            rounds[example.domain] += accepted
+            tokens[example.domain] += committed
     weights = sum(tensor.numel() for tensor in TrainableDrafter(read_shape(folder), 1).parameters())
     domains = {
         domain: {
