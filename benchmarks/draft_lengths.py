@@ -34,8 +34,10 @@ from dspark_edge.trainer.training.trainer import shared_vocabulary
 
 
 @torch.no_grad()
-def survived(folder: Path, target: TargetModel, examples: Sequence[Example]) -> tuple[int, list[list[np.ndarray]]]:
-    """γ, and of each answer of each example how many drafts are the tokens that came, for every anchor [anchors]."""
+def survived(
+    folder: Path, target: TargetModel, examples: Sequence[Example]
+) -> tuple[TrainableDrafter, list[list[np.ndarray]]]:
+    """The drafter, and of each answer of each example how many drafts are the tokens that came, by anchor [anchors]."""
     shape, ids = read_shape(folder), read_vocabulary(folder)
     drafter = TrainableDrafter(shape, max(len(example) for example in examples))
     continue_from(drafter, folder, ids)
@@ -52,7 +54,7 @@ def survived(folder: Path, target: TargetModel, examples: Sequence[Example]) -> 
             measures = step_loss(drafter, vocabulary, batch, w2)
         right = (measures.correct & batch.valid)[0].int().cumprod(dim=-1).sum(dim=-1)
         found.append(np.split(right.cpu().numpy(), np.cumsum([len(one) for one in ranges])[:-1]))
-    return shape.block_size, found
+    return drafter, found
 
 
 def walk(lengths: np.ndarray) -> tuple[list[int], int]:
@@ -65,7 +67,7 @@ def walk(lengths: np.ndarray) -> tuple[list[int], int]:
 
 
 def measure(folder: Path, target: TargetModel, examples: Sequence[Example]) -> dict[str, Any]:
-    block, lengths = survived(folder, target, examples)
+    drafter, lengths = survived(folder, target, examples)
     rounds: dict[str, list[int]] = defaultdict(list)
     tokens: dict[str, int] = defaultdict(int)
     for example, answers in zip(examples, lengths, strict=True):
@@ -73,7 +75,7 @@ def measure(folder: Path, target: TargetModel, examples: Sequence[Example]) -> d
             accepted, committed = walk(one)
             rounds[example.domain] += accepted
             tokens[example.domain] += committed
-    weights = sum(tensor.numel() for tensor in TrainableDrafter(read_shape(folder), 1).parameters())
+    weights, block = sum(tensor.numel() for tensor in drafter.parameters()), drafter.config.block_size
     domains = {
         domain: {
             "accepted_length": tokens[domain] / len(accepted),

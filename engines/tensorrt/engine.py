@@ -49,8 +49,7 @@ class TensorRTEngine:
         self._bundle, self._backend = bundle, backend
         self._flavour = load_flavour(backend) if flavour is None else flavour
         self._cuda = open_cuda(backend) if cuda is None else cuda
-        if self._flavour.cross_builds:  # what was built here may be for GPUs elsewhere
-            self._flavour.check_device(self._cuda.compute_capability)
+        self._flavour.check_device(self._cuda.compute_capability)
         self._record, self._folder = self._find_engines()
         self._log = make_log(self._flavour.trt)
         self._runtime = self._flavour.trt.Runtime(self._log)

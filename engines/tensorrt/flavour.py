@@ -87,7 +87,7 @@ class Flavour:
         Raises:
             EngineError: they do not; the message says what does run there.
         """
-        known = self._capabilities()
+        known = self._capabilities() if self.cross_builds else {}  # the others build for the GPU that is there
         if not known or capability in known or _number(capability) > max(map(_number, known)):
             return
         raise EngineError(

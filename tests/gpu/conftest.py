@@ -29,8 +29,7 @@ def cuda() -> Cuda:
 def flavour(request: pytest.FixtureRequest, cuda: Cuda) -> Flavour:
     try:
         flavour = load_flavour(request.param)
-        if flavour.cross_builds:
-            flavour.check_device(cuda.compute_capability)
+        flavour.check_device(cuda.compute_capability)
     except DSparkError as error:
         pytest.skip(str(error))
     return flavour

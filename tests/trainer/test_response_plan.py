@@ -389,6 +389,9 @@ def test_the_target_goes_on_with_openings_in_turn(make_script: MakeScript) -> No
         (2, 1, "code", "u: def x2\na: "),
     ]
     assert script.digest != make_script([], settings, openings=OPENINGS[:1]).digest
+    # Behind a file's prompt, and with fewer prompts than openings.
+    (only,) = make_script(some_prompts(1), replace(SETTINGS, synthesise=1), openings=OPENINGS)._to_synthesise
+    assert text_of(only) == "u: hello\na: hi\nu: so"
     plain = replace(SETTINGS, synthesise=3)
     assert make_script([], plain, openings=OPENINGS).digest != make_script([], plain).digest
 

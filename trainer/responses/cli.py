@@ -110,8 +110,6 @@ def respond(
     """Write the target's own answers to prompts, for a drafter to learn from. Started again, it goes on."""
     if prompts is None and not given["synthesise"]:
         raise InvalidInputError("nothing to answer: give --prompts, --synthesise or both")
-    if bundle_path is None and target is None:
-        raise InvalidInputError("whose answers? give --bundle, --target or both")
     if openings is not None and not given["synthesise"]:
         raise InvalidInputError("--openings begin what the target writes itself; say with --synthesise how much")
     choice = engine_choice(given)
@@ -130,13 +128,12 @@ def respond(
     identity = f"{words.identity} {'engine' if target is None else f'torch {compute_type}'}"
     script = Script(records, settings, words.tokenizer, words.template, longest, identity, words.vocab_size, begun)
     with ExitStack() as stack:
-        if target is not None:
+        if bundle is None or target is not None:
             # As many positions as are used: a target of 128 k would have tables for all of them.
             responder: Responder = _torch_responder(
                 bundle, words, longest, target, device, compute_type, choice.threads
             )
         else:
-            assert bundle is not None
             responder = _engine_responder(stack, bundle, choice)
         report = stack.enter_context(_progress())
         lines = write_responses(script, responder, output, report)
@@ -147,9 +144,17 @@ def respond(
 def _words(bundle: Bundle | None, target: str | None) -> Words:
     if bundle is not None:
         return Words.of_bundle(bundle)
-    assert target is not None
-    try:
+    if target is None:
+        raise InvalidInputError("whose answers? give --bundle, --target or both")
+    with _asking_for_torch():
         return Words.of_checkpoint(target)
+
+
+@contextmanager
+def _asking_for_torch() -> Iterator[None]:
+    """Say what brings the packages that running a checkpoint needs."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("dspark_edge"):
             raise
@@ -182,16 +187,12 @@ def _torch_responder(
     compute_type: str,
     threads: int | None,
 ) -> Responder:
-    try:
+    with _asking_for_torch():
         import torch
 
         from dspark_edge.trainer.responses.torch_responder import TorchResponder
         from dspark_edge.trainer.target_model import TargetModel
         from dspark_edge.trainer.training.processes import pick_device
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("dspark_edge"):
-            raise
-        raise MissingDependencyError(error.name or "torch", "dspark-edge respond --target", "train") from error
 
     if threads is not None:
         torch.set_num_threads(threads)

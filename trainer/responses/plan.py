@@ -261,31 +261,29 @@ class Script:
         self, turn: int, texts: Mapping[int, str], answers: Mapping[JobKey, tuple[int, ...]]
     ) -> Iterator[Job]:
         """Jobs of what the target says as the user in a turn: the template up to there, and how it shall begin."""
-        if self._template is None:
-            raise InvalidInputError("prompts cannot be synthesised: the target has no chat template")
-        first = len(self._prompts)
-        encoded: dict[int, list[int]] = {}  # by opening
-        for prompt in range(first, first + self._settings.synthesise):
-            opening = self._opening(prompt)
-            for sample in range(self._settings.samples_of(opening.domain) if turn else 1):
-                if turn == 0:
-                    number = prompt % len(self._openings)
-                    if number not in encoded:
-                        encoded[number] = self._encode_opening(opening.earlier, opening.text)
-                    token_ids = encoded[number]
-                else:
-                    messages = self._conversation(prompt, turn, sample, texts, answers)
-                    if messages is None:
-                        continue
+        numbers = range(len(self._prompts), len(self._prompts) + self._settings.synthesise)
+        used = {prompt % len(self._openings) for prompt in numbers} if turn == 0 else ()
+        begun = {
+            place: self._encode_opening(self._openings[place].earlier, self._openings[place].text) for place in used
+        }
+        for prompt in numbers:
+            domain = self._opening(prompt).domain
+            if turn == 0:
+                yield self._job("prompt", prompt, 0, 0, domain, begun[prompt % len(self._openings)])
+                continue
+            for sample in range(self._settings.samples_of(domain)):
+                messages = self._conversation(prompt, turn, sample, texts, answers)
+                if messages is not None:
                     token_ids = self._encode_opening(messages, "")
-                yield self._job("prompt", prompt, turn, sample, opening.domain, token_ids)
+                    yield self._job("prompt", prompt, turn, sample, domain, token_ids)
 
     def _opening(self, prompt: int) -> _Opening:
         return self._openings[prompt % len(self._openings)]
 
     def _encode_opening(self, messages: Sequence[Message], text: str) -> list[int]:
         """Token ids up to where the user goes on."""
-        assert self._template is not None
+        if self._template is None:
+            raise InvalidInputError("prompts cannot be synthesised: the target has no chat template")
         rendered = self._template.render([*messages, Message("user", text + _SENTINEL)])
         opening, found, _ = rendered.partition(_SENTINEL)
         if not found:
@@ -317,17 +315,28 @@ class Script:
         self, turn: int, texts: Mapping[int, str], answers: Mapping[JobKey, tuple[int, ...]]
     ) -> Iterator[Job]:
         """Jobs of the answers to what the target said as the user in a turn."""
-        for prompt, text in texts.items():
-            opening = self._opening(prompt)
-            for sample in range(self._settings.samples_of(opening.domain)):
-                messages: list[Message] | None = [*opening.earlier]
-                if turn:
-                    said = answers.get(("prompt", prompt, turn, sample), ())
-                    messages = self._conversation(prompt, turn, sample, texts, answers)
-                    text = self._tokenizer.decode(said).strip() if len(said) < self._settings.max_new_tokens else ""
+        for prompt in texts:
+            domain = self._opening(prompt).domain
+            for sample in range(self._settings.samples_of(domain)):
+                messages = self._conversation(prompt, turn, sample, texts, answers)
+                text = self._said(prompt, turn, sample, texts, answers)
                 if messages is not None and text:
                     token_ids = self._encode([*messages, Message("user", text)])
-                    yield self._job("response", prompt, turn, sample, opening.domain, token_ids)
+                    yield self._job("response", prompt, turn, sample, domain, token_ids)
+
+    def _said(
+        self,
+        prompt: int,
+        turn: int,
+        sample: int,
+        texts: Mapping[int, str],
+        answers: Mapping[JobKey, tuple[int, ...]],
+    ) -> str:
+        """What the target said as the user in a turn; empty where that has no end."""
+        if turn == 0:
+            return texts[prompt]
+        said = answers.get(("prompt", prompt, turn, sample), ())
+        return self._tokenizer.decode(said).strip() if len(said) < self._settings.max_new_tokens else ""
 
     def _conversation(
         self,
@@ -342,10 +351,8 @@ class Script:
             return None
         messages = [*self._opening(prompt).earlier]
         for turn in range(turns):
-            text, answer = texts[prompt], answers.get(("response", prompt, turn, sample))
-            if turn:
-                said = answers.get(("prompt", prompt, turn, sample), ())
-                text = self._tokenizer.decode(said).strip() if len(said) < self._settings.max_new_tokens else ""
+            text = self._said(prompt, turn, sample, texts, answers)
+            answer = answers.get(("response", prompt, turn, sample))
             if answer is None or not text:
                 return None
             messages += [Message("user", text), Message("assistant", self._tokenizer.decode(answer).strip())]

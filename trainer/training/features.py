@@ -176,23 +176,22 @@ class FeatureStore:
         target is."""
         loaded = {index: self.load(index) for index in indices if self._places[index] < self.cached}
         missing = [index for index in indices if index not in loaded]
-        for part in self._parts(missing):
+        for places in self._parts([len(self._examples[index]) for index in missing]):
+            part = missing[places]
             found = features_of(self._target, [self._examples[index] for index in part], self._taps)
             loaded |= zip(part, (features.rounded() for features in found), strict=True)
         return [loaded[index] for index in indices]
 
-    def _parts(self, indices: Sequence[int]) -> Iterator[list[int]]:
-        """Cut into forward passes of so many tokens, padding included."""
-        part: list[int] = []
-        longest = 0
-        for index in indices:
-            longest = max(longest, len(self._examples[index]))
-            if part and longest * (len(part) + 1) > self._tokens_at_once:
-                yield part
-                part, longest = [], len(self._examples[index])
-            part.append(index)
-        if part:
-            yield part
+    def _parts(self, lengths: Sequence[int]) -> Iterator[slice]:
+        """Sequences of these lengths, cut into forward passes of so many tokens, padding included."""
+        first = longest = 0
+        for place, length in enumerate(lengths):
+            longest = max(longest, length)
+            if place > first and longest * (place + 1 - first) > self._tokens_at_once:
+                yield slice(first, place)
+                first, longest = place, length
+        if first < len(lengths):
+            yield slice(first, len(lengths))
 
     @property
     def _tokens_at_once(self) -> int:
@@ -256,15 +255,9 @@ class FeatureStore:
         if self._states is None or self._normalizers is None:
             raise RuntimeError("the cache is filled before it is opened")
         synced = int(self._offsets[done])
-        while done < self.cached:
-            count = 1
-            longest = len(self._distinct[done])
-            while done + count < self.cached:
-                longest = max(longest, len(self._distinct[done + count]))
-                if longest * (count + 1) > self._tokens_at_once:
-                    break
-                count += 1
-            for found in features_of(self._target, self._distinct[done : done + count], self._taps):
+        waiting = self._distinct[done : self.cached]
+        for part in self._parts([len(example) for example in waiting]):
+            for found in features_of(self._target, waiting[part], self._taps):
                 rows = slice(int(self._offsets[done]), int(self._offsets[done + 1]))
                 kept = found.stored()
                 self._states[rows] = torch.cat((kept.taps, kept.hidden), dim=-1).numpy()
