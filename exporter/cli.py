@@ -83,7 +83,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 @click.option(
     "--packed-sequences",
     type=int,
-    help="ort: sequences that share a call when batches are verified, 0 for none.  [default: fp32 2, else 0]",
+    help="ort: sequences that share a call when batches are verified, 0 for none.  [default: fp32 4, else 0]",
 )
 @click.option(
     "--short-block",

@@ -32,7 +32,7 @@ PRECISIONS: Mapping[str, str] = {
 _BLOCK_SIZES: Mapping[str, tuple[int, ...]] = {"int8": (64, 32), "int4": (32,)}
 _SIGNED_BLOCK_SIZE = 64  # the same of w4a16
 _VOCABULARY_BITS = (4, 8)  # of int4; rounding embedding and head to 4 costs more than it saves
-_PACKED_SEQUENCES = 2  # where reading weights leaves a processor time for them
+_PACKED_SEQUENCES = 4  # where reading weights leaves a processor time for them
 _LEAST_SHORTENED = 6  # tokens of a block that is worth a short one of half as many
 _ACCURACY_LEVEL = 4  # the kernels that a CPU is fast with
 
@@ -56,7 +56,7 @@ class ExportOptions:
     accuracy_level: int | None = None  # int8 and int4: 4 rounds activations to int8, 1 keeps them; None: 4
     vocabulary_bits: int | None = None  # int4: bits of embedding and head, 4 or 8; None: 8
     keep_blocks: bool = True  # int8, int4: take a GGUF file's own blocks as they are, where they fit
-    # ort: sequences that packed graphs verify in one call, 0 for no such graphs; None: 2 in fp32, 0 elsewhere
+    # ort: sequences that packed graphs verify in one call, 0 for no such graphs; None: 4 in fp32, 0 elsewhere
     packed_sequences: int | None = None
     short_block: int | None = None  # ort: tokens of a short draft, 0 for no such graph; None: half of a block, of 6 up
 
@@ -169,7 +169,7 @@ class ExportOptions:
     def resolve_packed(self) -> int:
         """Sequences of the packed graphs to export; 0 for none.
 
-        Verifying more tokens pays where weights are dear to read, and two sequences leave the most to gain.
+        Verifying more tokens pays where weights are dear to read, and few sequences leave the most to gain.
         """
         if self.packed_sequences is not None:
             return self.packed_sequences

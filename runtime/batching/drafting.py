@@ -52,7 +52,7 @@ class GraphDrafter:
         together: whether one call may draft for several: then one call spans all slots from the first that drafts to
             the last, and runs along for those in between; from slot 0 where the engine has no window that begins
             within its outputs.
-        packed: whether the call is one of the packed graph.
+        packed: whether a call for several is one of the packed graph.
         calibration: what makes chances of the confidence logits; None takes the logits at their word.
     """
 
@@ -68,7 +68,6 @@ class GraphDrafter:
         manifest = engine.bundle.manifest
         facts = manifest.drafter
         self._engine, self._caches, self._together = engine, caches, together
-        self._role = "drafter_packed" if packed else "drafter"
         graph = manifest.graphs["drafter"]  # whose buffers a packed one has, too, for as many as are there
         self._limit, self._block_size = manifest.limits.capacity, facts.block_size
         self._num_candidates = facts.candidates
@@ -87,7 +86,8 @@ class GraphDrafter:
         self._noise = np.zeros(self._buffers["noise"].shape, np.float32)  # what the buffer has
         self._calls: dict[tuple[int, int], Call] = {}
         self._version = caches.version
-        self._bind(0, 1)  # loads the graph
+        for count in (1, slots) if packed else (1,):
+            self._bind(0, count)  # loads the graph
 
     @property
     def candidates(self) -> Candidates:
@@ -114,7 +114,7 @@ class GraphDrafter:
         for first, count in spans:
             known = calls.get((first, count))
             call = known or self._bind(first, count)
-            if (lengths := self._packed_lengths) is not None:
+            if (lengths := self._packed_lengths) is not None and count > 1:
                 lengths.write([*positions[first : first + count], *[0] * (lengths.shape[0] - count)])
             started = perf_counter()
             call.run()
@@ -169,10 +169,11 @@ class GraphDrafter:
 
     def _bind(self, first: int, count: int) -> Call:
         buffers = {name: row_window(self._engine, buffer, first, count) for name, buffer in self._buffers.items()}
-        if self._packed_lengths is not None:
-            buffers["cache_lengths"] = self._packed_lengths
-        graph = self._engine.bundle.manifest.graphs[self._role]
-        call = self._engine.bind(self._role, {**buffers, **self._caches.rows(graph, first, count)})
+        role = "drafter"
+        if self._packed_lengths is not None and count > 1:
+            buffers["cache_lengths"], role = self._packed_lengths, "drafter_packed"
+        caches = self._caches.rows(self._engine.bundle.manifest.graphs[role], first, count)
+        call = self._engine.bind(role, {**buffers, **caches})
         self._calls_now()[first, count] = call
         return call
 

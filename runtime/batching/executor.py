@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import Protocol
 
 from dspark_edge.engines.engine import Engine
 from dspark_edge.engines.errors import InvalidInputError
+from dspark_edge.engines.machine import probe_memory
 from dspark_edge.runtime.batching.acceptance import Judge
 from dspark_edge.runtime.batching.drafting import CallObserver, GraphDrafter, LookupDrafter, SlotDrafter
 from dspark_edge.runtime.batching.grouping import DenseGrouping, Grouping, PackedGrouping, SerialGrouping
@@ -22,7 +24,9 @@ __all__ = ["EXECUTIONS", "Executor", "ModelExecutor", "choose_grouping"]
 
 EXECUTIONS = ("auto", "dense", "serial", "packed")
 """dense: one padded target call a round; serial: a call a request, plain ones together; packed: one call of exactly
-the tokens there are, by graphs for a few sequences; auto: what the bundle is best decoded with."""
+the tokens there are, by graphs for a few sequences; auto: what the bundle is best decoded with here."""
+
+_COPIES = 3  # of a bundle that have to fit into free memory, for its packed graphs to be loaded beside the others
 
 
 class Executor(Protocol):
@@ -69,7 +73,7 @@ def choose_grouping(engine: Engine, execution: str, slots: int, drafting: bool) 
         engine: with the bundle.
         execution: one of `EXECUTIONS`.
         slots: most requests at once.
-        drafting: whether anything but plain steps is decoded, which are better off without packed graphs.
+        drafting: whether anything but plain steps is decoded, which need no packed graphs.
 
     Raises:
         InvalidInputError: the execution is unknown, or the bundle does not allow it.
@@ -80,7 +84,8 @@ def choose_grouping(engine: Engine, execution: str, slots: int, drafting: bool) 
     if execution == "auto":
         of_lowering = "serial" if lowering == "ort" else "dense"
         # Sequences that are not there cost something, too: where most never are, a call each is as good.
-        execution = "packed" if drafting and 1 < slots <= packed <= 2 * slots else of_lowering
+        packs = drafting and 1 < slots <= packed <= 2 * slots and _has_room(engine)
+        execution = "packed" if packs else of_lowering
     if execution == "packed":
         if slots > packed:
             graphs = f"its packed graphs take {packed}" if packed else "it has no packed graphs"
@@ -97,6 +102,12 @@ def choose_grouping(engine: Engine, execution: str, slots: int, drafting: bool) 
             "export with --lowering onnx or decomposed"
         )
     return DenseGrouping()
+
+
+def _has_room(engine: Engine) -> bool:
+    """Whether memory is there for weights twice: packed graphs have their own copy, laid out for the processor."""
+    available = probe_memory(Path("/")).available
+    return available is None or available >= _COPIES * sum(file.size for file in engine.bundle.manifest.files)
 
 
 class ModelExecutor:
@@ -130,8 +141,11 @@ class ModelExecutor:
         self._engine, self._grouping = engine, grouping
         self._capacity = manifest.limits.capacity - reserved_slots(grouping.width)
         self._caches = SlotCaches(engine, slots)
-        make = PackedTargetCalls if grouping.packed else TargetCalls
-        self._target = make(engine, self._caches, slots, prefill_chunk)
+        self._target = TargetCalls(engine, self._caches, slots, prefill_chunk)
+        self._targets = {False: self._target}  # by whether a call is packed
+        self._packed = grouping.packed and slots > 1
+        if self._packed:
+            self._targets[True] = PackedTargetCalls(engine, self._caches, slots, prefill_chunk, self._target.logits)
         if grouping.width is not None:
             check_rows(engine, grouping.width, self._caches.rows(manifest.graphs["target"], 0, 1))
         self._drafter = self._make_drafter(slots, calibration) if drafting else None
@@ -184,13 +198,13 @@ class ModelExecutor:
                 token_ids.append(row + [0] * (width - len(row)))
             of_call = starts[call.first : call.first + len(call.widths)]
             bindings, started = self._bindings(), perf_counter()
-            self._target.run(call.first, token_ids, of_call)
+            self._targets[call.packed].run(call.first, token_ids, of_call)
             judged = [requests[slot] for slot in call.judged]
             of_judged = [lengths[slot] for slot in call.judged]
             found = self._judge.accept(call.first, call.widths, call.judged, judged, of_judged)
             if self._observer is not None and self._bindings() == bindings:
                 seconds = perf_counter() - started
-                self._observer.observe_verification(*self._grouping.bucket(call, of_call), seconds)
+                self._observer.observe_verification(*call.bucket(of_call), seconds)
             verdicts.update(zip(call.judged, found, strict=True))
         return [verdicts[slot] for slot in range(len(requests))]
 
@@ -201,12 +215,12 @@ class ModelExecutor:
         self._engine.close()
 
     def _bindings(self) -> int:
-        return self._target.bindings + self._judge.bindings
+        return sum(target.bindings for target in self._targets.values()) + self._judge.bindings
 
     def _make_drafter(self, slots: int, calibration: Calibration | None) -> SlotDrafter:
         bundle = self._engine.bundle
         if bundle.manifest.drafter.kind == "ngram":
             return LookupDrafter(self._engine, slots, bundle.manifest.drafter.block_size)
         calibration = calibration or Calibration.load(bundle)
-        grouping = self._grouping
-        return GraphDrafter(self._engine, self._caches, slots, grouping.drafts_together, grouping.packed, calibration)
+        together = self._grouping.drafts_together
+        return GraphDrafter(self._engine, self._caches, slots, together, self._packed, calibration)

@@ -6,7 +6,8 @@ Requests lie in neighbouring slots 0 … n − 1, and a call takes a range of th
   padded; what is written behind their tokens is overwritten later.
 - **serial**, for the `ort` lowering, whose attention takes a batch at width 1 only: those that verify nothing share one
   call of width 1, every other request has a call of its own.
-- **packed**, for bundles of the `ort` lowering that have graphs for it: one call over exactly the tokens that exist.
+- **packed**, for bundles of the `ort` lowering that have graphs for it: one call over exactly the tokens that exist;
+  where nobody verifies anything, or there is one request, it is serial: that is what the other graphs do best.
 - **single**, for bit-exact decoding in any lowering: a call for each request, all of one width, since a batch is
   another shape and has other kernels.
 """
@@ -32,10 +33,17 @@ class TargetCall:
     first: int  # slot
     widths: tuple[int, ...]  # tokens of it and of the slots behind it; all the same but in packed calls
     judged: tuple[int, ...]  # the slots whose verdict comes from this call; it merely runs over the others
+    packed: bool = False  # whether it is one of the packed graph
 
+    def bucket(self, contexts: Sequence[int]) -> tuple[int, int, int]:
+        """Batch, width and context that the pricing takes it for.
 
-Bucket = tuple[int, int, int]
-"""Batch, width and context as which a call is priced."""
+        Args:
+            contexts: cached tokens of each of its sequences.
+        """
+        if self.packed:
+            return 1, sum(self.widths), mean_context(contexts)
+        return len(self.widths), self.widths[0], max(contexts)
 
 
 class Grouping(Protocol):
@@ -43,7 +51,7 @@ class Grouping(Protocol):
 
     @property
     def packed(self) -> bool:
-        """Whether calls are of the packed graphs."""
+        """Whether there are calls of the packed graphs."""
 
     @property
     def drafts_together(self) -> bool:
@@ -64,31 +72,16 @@ class Grouping(Protocol):
     def pricing(self, costs: Costs) -> Pricing:
         """The same in seconds."""
 
-    def bucket(self, call: TargetCall, contexts: Sequence[int]) -> Bucket:
-        """What the pricing takes a call for.
-
-        Args:
-            contexts: cached tokens of each of its sequences.
-        """
-
-
-class _Padded:
-    """Groupings whose calls have one width."""
-
-    packed = False
-
-    def bucket(self, call: TargetCall, contexts: Sequence[int]) -> Bucket:
-        return len(call.widths), call.widths[0], max(contexts)
-
 
 @dataclass(frozen=True, slots=True)
-class DenseGrouping(_Padded):
+class DenseGrouping:
     """One call, batch × widest.
 
     A request whose cache ends within the call's width cannot be padded to it. Its neighbours shall not be narrower for
     that, or what they draw would depend on it: it is verified in a call of its own.
     """
 
+    packed = False
     drafts_together = True
     width = None
 
@@ -100,13 +93,14 @@ class DenseGrouping(_Padded):
 
 
 @dataclass(frozen=True, slots=True)
-class SerialGrouping(_Padded):
+class SerialGrouping:
     """A call each, and one at width 1 for all that verify nothing.
 
     The shared call spans all slots from the first to the last of them. The others in between run along, because their
     anchors cost less than a second call would; their own calls come behind it and write the same slots again.
     """
 
+    packed = False
     drafts_together = False
     width = None
 
@@ -123,30 +117,36 @@ class SerialGrouping(_Padded):
 
 @dataclass(frozen=True, slots=True)
 class PackedGrouping:
-    """One call over the Σ(1 + ℓ) tokens that exist."""
+    """One call over the Σ(1 + ℓ) tokens that exist.
+
+    The packed graphs call attention once for each sequence that they were made for. So they are left to the rounds that
+    need them, and a group that drafting does not pay for loses nothing by them.
+    """
 
     packed = True
     drafts_together = True
     width = None
 
     def calls(self, lengths: Sequence[int], rooms: Sequence[int]) -> tuple[TargetCall, ...]:
-        return (TargetCall(0, tuple(1 + length for length in lengths), tuple(range(len(lengths)))),)
+        packed = len(lengths) > 1 and any(lengths)
+        return (TargetCall(0, tuple(1 + length for length in lengths), tuple(range(len(lengths))), packed),)
 
     def pricing(self, costs: Costs) -> Pricing:
         return Packed(costs)
 
-    def bucket(self, call: TargetCall, contexts: Sequence[int]) -> Bucket:
-        return 1, sum(call.widths), mean_context(contexts)
-
 
 @dataclass(frozen=True, slots=True)
-class SingleGrouping(_Padded):
+class SingleGrouping:
     """A call each, all of one width, plain steps included.
 
     What a request is told is then what it is told alone. So is its draft: at temperature > 0 an answer depends on it.
     """
 
     width: int  # W, tokens of every call; each request has room for so many
+
+    @property
+    def packed(self) -> bool:
+        return False
 
     @property
     def drafts_together(self) -> bool:

@@ -36,17 +36,22 @@ class TargetCalls:
         caches: of all slots.
         slots: sequences.
         prefill_chunk: width of the widest prefill calls.
+        logits: where they leave theirs; None: in a buffer of their own.
     """
 
     _role = "target"
 
-    def __init__(self, engine: Engine, caches: SlotCaches, slots: int, prefill_chunk: int) -> None:
+    def __init__(
+        self, engine: Engine, caches: SlotCaches, slots: int, prefill_chunk: int, logits: Buffer | None = None
+    ) -> None:
         manifest = engine.bundle.manifest
         self._engine, self._caches = engine, caches
         self._graph = manifest.graphs[self._role]
         self._most, self._limit = prefill_chunk, manifest.limits.capacity
         self._widest, self._chunks = manifest.drafter.block_size + 1, chunk_sizes(prefill_chunk)
-        self._logits = engine.allocate("float32", (slots * self._widest, manifest.target.vocab_size))
+        if logits is None:
+            logits = engine.allocate("float32", (slots * self._widest, manifest.target.vocab_size))
+        self._logits = logits
         self._calls: dict[_Key, _Bound] = {}
         self._version = caches.version
         self.bindings = 0  # made so far: a call that makes one takes longer than others

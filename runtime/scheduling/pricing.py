@@ -7,7 +7,7 @@ A target call has one width. So what a draft token costs depends on how the engi
   there is one decision for the group: the width.
 - **serial**: a call for each request, at batch 1. Requests are priced, and so decided, one by one: a ladder each.
 - **packed**: one row of tokens, Σ(1 + ℓ) of them, through everything but attention. The price is that of so many tokens
-  at batch 1; a rung is one token, and the likeliest come first, whosever they are.
+  at batch 1; a rung is one token, and the likeliest come first, whosever they are. Nothing verified, it is dense.
 - **fixed width**: a call for each request, always of the same width, for bit-exact decoding. Verification costs what a
   plain step does: all that is left to decide is whether to draft.
 
@@ -86,16 +86,18 @@ class Packed:
     """One call over the Σ(1 + ℓ) tokens that exist, priced as one sequence of so many with the mean context.
 
     Projections, which are nearly all of the work, see a row of tokens and do not know whose they are. Attention pays
-    for each token's own context, so its sum follows the mean.
+    for each token's own context, so its sum follows the mean. If nothing is verified, the call is a batch of width 1.
     """
 
     costs: Costs
 
     def verify_s(self, lengths: Sequence[int], contexts: Sequence[int]) -> float:
+        if not any(lengths):
+            return _call_s(self.costs, len(lengths), 1, max(contexts))
         return _call_s(self.costs, 1, len(lengths) + sum(lengths), mean_context(contexts))
 
     def plain_call(self, contexts: Sequence[int]) -> tuple[int, int, int]:
-        return 1, len(contexts), mean_context(contexts)
+        return len(contexts), 1, max(contexts)
 
     def ladders(self, proposals: Sequence[Proposal]) -> tuple[Ladder, ...]:
         """One; a rung is one token, by descending live survival, equal ones by request and position.
@@ -106,13 +108,14 @@ class Packed:
         pairs = [(-value, index) for index, one in enumerate(proposals) for value in one.survivals]
         pairs.sort()  # equal survivals of one request are interchangeable: only their number matters
         expected = sorted((value for one in proposals for value in one.expected), reverse=True)
-        batch, context = len(proposals), mean_context([one.context for one in proposals])
+        batch, contexts = len(proposals), [one.context for one in proposals]
+        verifying = verification_row(self.costs, 1, batch + len(pairs), mean_context(contexts))[batch:]
         return (
             Ladder(
                 extends=tuple((index,) for _, index in pairs),
                 gains=tuple(-value for value, _ in pairs),
                 expected=tuple(expected),
-                seconds=tuple(verification_row(self.costs, 1, batch + len(pairs), context)[batch - 1 :]),
+                seconds=(_call_s(self.costs, batch, 1, max(contexts)), *verifying),
             ),
         )
 

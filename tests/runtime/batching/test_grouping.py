@@ -121,6 +121,21 @@ def test_who_has_no_draft_stays() -> None:
 def test_a_packed_round_is_one_call_of_the_tokens_there_are() -> None:
     grouping, costs = PackedGrouping(), SharedCosts()
     (call,) = grouping.calls((2, 0, 5), (2, 0, 5))
-    assert call == TargetCall(0, (3, 1, 6), (0, 1, 2))
-    assert grouping.bucket(call, (100, 200, 600)) == (1, 10, 300)
+    assert call == TargetCall(0, (3, 1, 6), (0, 1, 2), packed=True)
+    assert call.bucket((100, 200, 600)) == (1, 10, 300)
     assert grouping.pricing(costs).verify_s((2, 0, 5), (100, 200, 600)) == pytest.approx(20.0 + 0.1)
+
+
+def test_packed_graphs_are_for_several_of_which_one_verifies() -> None:
+    """All else the other graphs do as well, or better, and is priced as theirs."""
+    grouping, costs = PackedGrouping(), SharedCosts()
+    pricing = grouping.pricing(costs)
+    (plain,) = grouping.calls((0, 0), (7, 7))
+    assert plain == TargetCall(0, (1, 1), (0, 1))
+    assert plain.bucket((100, 300)) == pricing.plain_call((100, 300)) == (2, 1, 300)
+    assert pricing.verify_s((0, 0), (100, 300)) == costs.target_s(2, 1, 300) + costs.sampler_s(2, 1)
+    (alone,) = grouping.calls((3,), (7,))
+    assert alone == TargetCall(0, (4,), (0,))
+    (ladder,) = pricing.ladders([proposal((0.9, 0.5)), proposal((0.8,))])
+    assert ladder.seconds[0] == pricing.verify_s((0, 0), (0, 0))
+    assert ladder.seconds[1:] == tuple(pricing.verify_s((length, 0), (0, 0)) for length in (1, 2, 3))

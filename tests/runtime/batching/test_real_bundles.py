@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 
+from dspark_edge.engines.bundle import Bundle
 from dspark_edge.engines.errors import BundleError, EngineError, InvalidInputError
+from dspark_edge.engines.machine import Memory
 from dspark_edge.engines.onnxruntime_engine import OnnxRuntimeEngine
 from dspark_edge.runtime import Generation, Generator, SamplingParams
 from dspark_edge.runtime import model as model_module
 from dspark_edge.runtime.batching import BatchGenerator
+from dspark_edge.runtime.batching.executor import choose_grouping
 from dspark_edge.runtime.batching.target import PackedTargetCalls
 
 from ...conftest import runs_lowering
@@ -217,16 +220,16 @@ def test_packed_graphs_are_taken_where_they_serve(
     loaded: list[str] = []
     load = OnnxRuntimeEngine._load
     monkeypatch.setattr(OnnxRuntimeEngine, "_load", lambda engine, role: loaded.append(role) or load(engine, role))
-    for slots, execution in ((1, "auto"), (2, "auto"), (4, "auto"), (5, "auto"), (2, "serial"), (1, "packed")):
+    for slots, execution in ((1, "auto"), (2, "auto"), (4, "auto"), (5, "auto"), (2, "serial"), (4, "packed"), (1, "packed")):
         loaded.clear()
         with BatchGenerator.open(
             packed_bundle_dir, mode=mode, slots=slots, execution=execution, threads=1
         ) as generator:
             generator.generate(PROMPTS[:2], SamplingParams(max_new_tokens=4))
-        packed = execution == "packed" or (execution == "auto" and mode != "plain" and slots in (2, 4))
-        # One of the two, never both: each has its own copy of the weights in memory.
-        suffix = "_packed" if packed else ""
-        expected = {f"target{suffix}"} | ({f"drafter{suffix}"} if mode != "plain" else set())
+        packed = slots in (2, 4) and execution != "serial" and (mode != "plain" or execution == "packed")
+        expected = {"target"} if mode == "plain" else {"target", "drafter"}
+        if packed:  # beside the others, which do what needs no packed graphs
+            expected |= {f"{role}_packed" for role in expected}
         assert {role for role in loaded if not role.startswith("sampler")} == expected
     with pytest.raises(InvalidInputError, match="asked for 5 slots, but of this bundle its packed graphs take 4"):
         BatchGenerator.open(packed_bundle_dir, slots=5, execution="packed", threads=1)
@@ -234,8 +237,21 @@ def test_packed_graphs_are_taken_where_they_serve(
         BatchGenerator.open(bundle_dir, slots=1, execution="packed", threads=1)
 
 
+@pytest.mark.parametrize(("copies", "packed"), [(2, False), (4, True), (None, True)])
+def test_packed_graphs_need_room_beside_the_others(
+    packed_bundle_dir: Path, monkeypatch: pytest.MonkeyPatch, copies: int | None, packed: bool
+) -> None:
+    """Where the free memory is not known, it is taken to be enough."""
+    with OnnxRuntimeEngine(Bundle.open(packed_bundle_dir), threads=1) as engine:
+        size = sum(file.size for file in engine.bundle.manifest.files)
+        found = Memory(total=None, available=None if copies is None else copies * size, limit=None)
+        monkeypatch.setattr("dspark_edge.runtime.batching.executor.probe_memory", lambda root: found)
+        assert choose_grouping(engine, "auto", slots=4, drafting=True).packed == packed
+        assert choose_grouping(engine, "packed", slots=4, drafting=True).packed, "who asks for it gets it"
+
+
 def test_packed_rounds_make_one_call_for_all(packed_bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever their verify lengths: also where only some draft."""
+    """Whatever their verify lengths, as long as one verifies something: also where only some draft."""
     widths: list[list[int]] = []
     run = PackedTargetCalls.run
 
@@ -248,7 +264,8 @@ def test_packed_rounds_make_one_call_for_all(packed_bundle_dir: Path, monkeypatc
     with BatchGenerator.open(packed_bundle_dir, slots=4, threads=1, **MODES["scheduled"]) as generator:
         answers = answer_all(generator, params, at_once=4)
         rounds = generator.statistics.rounds
-    assert sum(map(len, widths)) == sum(answer.statistics.rounds for answer in answers) == rounds
+    assert sum(answer.statistics.rounds for answer in answers) == rounds
+    assert all(len(of_call) > 1 and max(of_call) > 1 for of_call in widths), "plain steps are the other graphs'"
     assert any(len(set(of_call)) > 1 for of_call in widths), "all lengths were the same"
 
 
