@@ -30,6 +30,7 @@ from dspark_edge.runtime.scheduling import (
     Lagged,
     LookAhead,
     Offer,
+    Packed,
     ParkingOptions,
     Pricing,
     Scheduler,
@@ -39,23 +40,25 @@ BLOCK = 7
 BATCHES = (1, 2, 4, 8)
 CONTEXTS = (128, 512, 2048)
 SCHEDULERS: tuple[Scheduler, ...] = (LookAhead(), EarlyStop(), Lagged())
-PRICINGS: tuple[Callable[[Costs], Pricing], ...] = (Dense, Shared)
+PRICINGS: tuple[Callable[[Costs], Pricing], ...] = (Dense, Shared, Packed)
 
 
 def made_up_costs() -> CostModel:
-    """A device of medium steepness, on the grid of a real profile."""
-    widths = range(1, BLOCK + 2)
+    """A device of medium steepness, on the grid of a real profile; packed calls are as wide as all their requests."""
+    widths = (*range(1, BLOCK + 2), 10, 12, 14, 16, 17, 24, 32, 33, 48, 64)
 
-    def grid(seconds: Callable[[int, int, int], float], widths: range, contexts: tuple[int, ...]) -> np.ndarray:
+    def grid(
+        seconds: Callable[[int, int, int], float], widths: tuple[int, ...], contexts: tuple[int, ...]
+    ) -> np.ndarray:
         return np.array([[[seconds(b, w, c) for c in contexts] for w in widths] for b in BATCHES])
 
     target = grid(lambda b, w, c: 0.012 + 0.0011 * b * w + 1e-7 * b * c, widths, CONTEXTS)
-    drafter = grid(lambda b, w, c: 0.002 + 0.0003 * b + 2e-8 * b * c, range(1, 2), CONTEXTS)
+    drafter = grid(lambda b, w, c: 0.002 + 0.0003 * b + 2e-8 * b * c, (1,), CONTEXTS)
     sampler = grid(lambda b, w, c: 0.0001 * b * w, widths, (0,))
     return CostModel(
-        fit_table(BATCHES, [*widths], CONTEXTS, target, 0.01 * target),
+        fit_table(BATCHES, widths, CONTEXTS, target, 0.01 * target),
         fit_table(BATCHES, [1], CONTEXTS, drafter, 0.01 * drafter),
-        fit_table(BATCHES, [*widths], (0,), sampler, 0.01 * sampler),
+        fit_table(BATCHES, widths, (0,), sampler, 0.01 * sampler),
     )
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import chain
 from statistics import median
 
 from dspark_edge.runtime.scheduling.costs import Costs
@@ -82,6 +83,7 @@ class CorrectedCosts:
         self._plain, self._verifying = _Drift(), _Drift()
         self._shared, self._shared_factor = 0.0, 1.0  # what both classes agree on
         self._deviations: dict[_Bucket, _Deviation] = {}
+        self._observed: dict[tuple[str, int, int], list[int]] = {}  # the same: kind, batch, context → widths
         self._sampler_rows: dict[tuple[int, int], list[float]] = {}  # by batch and widest, as profiled
 
     @property
@@ -105,16 +107,17 @@ class CorrectedCosts:
     def verification_row(self, batch: int, widest: int, context: int) -> list[float]:
         """[widest] of target and acceptance at the widths 1 … widest; see `costs.verification_row`."""
         targets, samplers = self._base_rows(batch, widest, context)
-        known, shared, bits = self._deviations, self._shared_factor, context.bit_length()
-        factor = self._plain.factor
-        row = []
-        for width, (target, sampler) in enumerate(zip(targets, samplers, strict=True), start=1):
-            if (found := known.get(("target", batch, width, bits))) is not None:
-                target *= found.factor
-            if (found := known.get(("sampler", batch, width, 0))) is not None:
-                sampler *= found.factor
-            row.append(target * factor + sampler * shared)
-            factor = self._verifying.factor
+        verifying, shared, bits = self._verifying.factor, self._shared_factor, context.bit_length()
+        row = [target * verifying + sampler * shared for target, sampler in zip(targets, samplers, strict=True)]
+        row[0] = targets[0] * self._plain.factor + samplers[0] * shared
+        # A packed group asks for dozens of widths in every round, and few of them have been observed.
+        observed = self._observed.get(("target", batch, bits), ()), self._observed.get(("sampler", batch, 0), ())
+        for width in chain(*observed):
+            if width <= widest:
+                drift = self._plain.factor if width == 1 else verifying
+                target = targets[width - 1] * self._own_factor(("target", batch, width, bits)) * drift
+                sampler = samplers[width - 1] * self._own_factor(("sampler", batch, width, 0)) * shared
+                row[width - 1] = target + sampler
         return row
 
     def observe_target(self, batch: int, width: int, context: int, seconds: float) -> None:
@@ -125,7 +128,7 @@ class CorrectedCosts:
         logarithm = _log_ratio(seconds, profiled)
         if logarithm is None:
             return
-        found = self._deviations.setdefault(_bucket("target", batch, width, context), _Deviation())
+        found = self._deviation(_bucket("target", batch, width, context))
         drift, other = self._classes(width)
         predicted = drift.prediction(other)
         residual = logarithm - found.value
@@ -175,6 +178,15 @@ class CorrectedCosts:
         """The drift of calls of this width, and the other one."""
         return (self._plain, self._verifying) if width == 1 else (self._verifying, self._plain)
 
+    def _deviation(self, bucket: _Bucket) -> _Deviation:
+        """A bucket's, which is about to be observed."""
+        found = self._deviations.get(bucket)
+        if found is None:
+            found = self._deviations[bucket] = _Deviation()
+            kind, batch, width, context = bucket
+            self._observed.setdefault((kind, batch, context), []).append(width)
+        return found
+
     def _own_factor(self, bucket: _Bucket) -> float:
         found = self._deviations.get(bucket)
         return 1.0 if found is None else found.factor
@@ -204,7 +216,7 @@ class CorrectedCosts:
         logarithm = _log_ratio(seconds, profiled)
         if logarithm is None:
             return
-        found = self._deviations.setdefault(bucket, _Deviation())
+        found = self._deviation(bucket)
         gain = max(_LOCAL_GAIN, _LOCAL_FIRST_GAIN / (1 + found.count))
         # The first is taken at its word: how far a short call is off is unknown, and nothing else tells.
         step = _LARGEST_STEP if found.count else _WIDEST

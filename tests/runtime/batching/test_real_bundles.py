@@ -220,7 +220,8 @@ def test_packed_graphs_are_taken_where_they_serve(
     loaded: list[str] = []
     load = OnnxRuntimeEngine._load
     monkeypatch.setattr(OnnxRuntimeEngine, "_load", lambda engine, role: loaded.append(role) or load(engine, role))
-    for slots, execution in ((1, "auto"), (2, "auto"), (4, "auto"), (5, "auto"), (2, "serial"), (4, "packed"), (1, "packed")):
+    automatic = [(slots, "auto") for slots in (1, 2, 4, 5)]
+    for slots, execution in (*automatic, (2, "serial"), (4, "packed"), (1, "packed")):
         loaded.clear()
         with BatchGenerator.open(
             packed_bundle_dir, mode=mode, slots=slots, execution=execution, threads=1
