@@ -182,9 +182,10 @@ def _compare_models(
 
 
 def _compare_packed(runner: GraphRunner, reference: Reference, tolerance: float) -> list[ParityRow]:
-    """Rows of the packed graphs, where there are any: each of their sequences runs the last tokens, or block, again.
+    """Rows of the packed graphs, where there are any: their sequences run the last tokens, or blocks, again.
 
-    Once all sequences are there, and once the last one is not.
+    Once all sequences are there, and once the last one is not. Neighbours have different lengths, as far as the
+    reference goes: those that were mixed up would not show otherwise.
     """
     manifest = runner.engine.bundle.manifest
     if not manifest.packed_sequences:
@@ -196,17 +197,18 @@ def _compare_packed(runner: GraphRunner, reference: Reference, tolerance: float)
         _add_packed_logits(logits, runner, reference, batch, nothing)
         if not drafted:
             continue
-        case = reference.drafts[-1]
+        # From the last backwards: there are two of each length, drafted greedily and drawn, of which each takes one.
+        cases = [reference.drafts[-(1 + 2 * s + s % 2) % len(reference.drafts)] for s in range(batch)]
         blocks = runner.run_packed(
             "drafter_packed",
             {
-                "anchor_ids": np.repeat(reference.token_ids[0, case.length], batch),
-                "cache_lengths": np.array([case.length] * batch + nothing),
-                "temperature": np.full(batch, case.temperature, np.float32),
-                "noise": np.repeat(case.noise, batch, axis=0),
+                "anchor_ids": np.array([reference.token_ids[0, case.length] for case in cases]),
+                "cache_lengths": np.array([case.length for case in cases] + nothing),
+                "temperature": np.array([case.temperature for case in cases], np.float32),
+                "noise": np.concatenate([case.noise for case in cases]),
             },
         )
-        for s in range(batch):
+        for s, case in enumerate(cases):
             _add_draft(drafted, {name: values[s : s + 1] for name, values in blocks.items()}, case)
     return [errors.row(tolerance) for errors in (logits, *drafted.values())]
 
@@ -214,14 +216,16 @@ def _compare_packed(runner: GraphRunner, reference: Reference, tolerance: float)
 def _add_packed_logits(
     errors: OutputErrors, runner: GraphRunner, reference: Reference, batch: int, nothing: list[int]
 ) -> None:
-    """The target's logits of one to three last tokens of each of the sequences that are there."""
+    """The target's logits of one to three tokens of each of the sequences that are there, each a token shorter."""
     positions = reference.logits.shape[1]
     widths = [min(1 + s % 3, positions) for s in range(batch)]
-    tokens = np.concatenate([np.arange(positions - width, positions) for width in widths])
+    ends = [max(positions - s, width) for s, width in enumerate(widths)]
+    starts = [end - width for end, width in zip(ends, widths, strict=True)]
+    tokens = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
     inputs = {
         "input_ids": reference.token_ids[:, tokens],
         "widths": np.array(widths + nothing),
-        "cache_lengths": np.array([positions - width for width in widths] + nothing),
+        "cache_lengths": np.array(starts + nothing),
         "logit_rows": np.arange(len(tokens))[None],
     }
     given, expected = runner.run_packed("target_packed", inputs)["logits"], reference.logits[:, tokens]
