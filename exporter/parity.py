@@ -197,8 +197,9 @@ def _compare_packed(runner: GraphRunner, reference: Reference, tolerance: float)
         _add_packed_logits(logits, runner, reference, batch, nothing)
         if not drafted:
             continue
-        # From the last backwards: there are two of each length, drafted greedily and drawn, of which each takes one.
-        cases = [reference.drafts[-(1 + 2 * s + s % 2) % len(reference.drafts)] for s in range(batch)]
+        # There are two of each length, drafted greedily and drawn: each sequence takes one of them, by turns.
+        backwards = reference.drafts[::-1]
+        cases = [backwards[(2 * s + s % 2) % len(backwards)] for s in range(batch)]
         blocks = runner.run_packed(
             "drafter_packed",
             {

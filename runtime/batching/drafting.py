@@ -87,7 +87,7 @@ class GraphDrafter:
         self._calls: dict[tuple[int, int], Call] = {}
         self._version = caches.version
         for count in (1, slots) if packed else (1,):
-            self._bind(0, count)  # loads the graph
+            self._bind(0, count)  # loads its graph
 
     @property
     def candidates(self) -> Candidates:
@@ -114,7 +114,7 @@ class GraphDrafter:
         for first, count in spans:
             known = calls.get((first, count))
             call = known or self._bind(first, count)
-            if (lengths := self._packed_lengths) is not None and count > 1:
+            if (lengths := self._packed_lengths_of(count)) is not None:
                 lengths.write([*positions[first : first + count], *[0] * (lengths.shape[0] - count)])
             started = perf_counter()
             call.run()
@@ -167,11 +167,15 @@ class GraphDrafter:
             self._version = self._caches.version
         return self._calls
 
+    def _packed_lengths_of(self, count: int) -> Buffer | None:
+        """The lengths that a call for so many sequences takes, if it is one of the packed graph."""
+        return self._packed_lengths if count > 1 else None
+
     def _bind(self, first: int, count: int) -> Call:
         buffers = {name: row_window(self._engine, buffer, first, count) for name, buffer in self._buffers.items()}
         role = "drafter"
-        if self._packed_lengths is not None and count > 1:
-            buffers["cache_lengths"], role = self._packed_lengths, "drafter_packed"
+        if (lengths := self._packed_lengths_of(count)) is not None:
+            buffers["cache_lengths"], role = lengths, "drafter_packed"
         caches = self._caches.rows(self._engine.bundle.manifest.graphs[role], first, count)
         call = self._engine.bind(role, {**buffers, **caches})
         self._calls_now()[first, count] = call

@@ -25,7 +25,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import chain
 from statistics import median
 
 from dspark_edge.runtime.scheduling.costs import Costs
@@ -82,8 +81,7 @@ class CorrectedCosts:
         self.base = base
         self._plain, self._verifying = _Drift(), _Drift()
         self._shared, self._shared_factor = 0.0, 1.0  # what both classes agree on
-        self._deviations: dict[_Bucket, _Deviation] = {}
-        self._observed: dict[tuple[str, int, int], list[int]] = {}  # the same: kind, batch, context → widths
+        self._deviations: dict[tuple[str, int, int], dict[int, _Deviation]] = {}  # kind, batch, context → width
         self._sampler_rows: dict[tuple[int, int], list[float]] = {}  # by batch and widest, as profiled
 
     @property
@@ -107,18 +105,15 @@ class CorrectedCosts:
     def verification_row(self, batch: int, widest: int, context: int) -> list[float]:
         """[widest] of target and acceptance at the widths 1 … widest; see `costs.verification_row`."""
         targets, samplers = self._base_rows(batch, widest, context)
-        verifying, shared, bits = self._verifying.factor, self._shared_factor, context.bit_length()
-        row = [target * verifying + sampler * shared for target, sampler in zip(targets, samplers, strict=True)]
-        row[0] = targets[0] * self._plain.factor + samplers[0] * shared
         # A packed group asks for dozens of widths in every round, and few of them have been observed.
-        observed = self._observed.get(("target", batch, bits), ()), self._observed.get(("sampler", batch, 0), ())
-        for width in chain(*observed):
-            if width <= widest:
-                drift = self._plain.factor if width == 1 else verifying
-                target = targets[width - 1] * self._own_factor(("target", batch, width, bits)) * drift
-                sampler = samplers[width - 1] * self._own_factor(("sampler", batch, width, 0)) * shared
-                row[width - 1] = target + sampler
-        return row
+        for row, key in ((targets, ("target", batch, context.bit_length())), (samplers, ("sampler", batch, 0))):
+            for width, found in self._deviations.get(key, {}).items():
+                if width <= widest:
+                    row[width - 1] *= found.factor
+        verifying, shared = self._verifying.factor, self._shared_factor
+        seconds = [target * verifying + sampler * shared for target, sampler in zip(targets, samplers, strict=True)]
+        seconds[0] = targets[0] * self._plain.factor + samplers[0] * shared
+        return seconds
 
     def observe_target(self, batch: int, width: int, context: int, seconds: float) -> None:
         """A target call took so long."""
@@ -159,20 +154,19 @@ class CorrectedCosts:
     def target_doubt(self, batch: int, width: int, context: int) -> float:
         """How far the drift has been guessed since such a target call was observed: |logarithm| of a ratio."""
         drift, other = self._classes(width)
-        found = self._deviations.get(_bucket("target", batch, width, context))
+        found = self._known(_bucket("target", batch, width, context))
         return abs(drift.prediction(other) - (found.drift if found is not None else 0.0))
 
     def _base_rows(self, batch: int, widest: int, context: int) -> tuple[list[float], list[float]]:
-        """As profiled: of the target, and of the acceptance, which does not depend on the context."""
+        """As profiled: of the target, and of the acceptance, which does not depend on the context; to be written to."""
         samplers = self._sampler_rows.get((batch, widest))
         if samplers is None:
             samplers = [self.base.sampler_s(batch, width) for width in range(1, widest + 1)]
             self._sampler_rows[batch, widest] = samplers
         whole = getattr(self.base, "target_row", None)
         if whole is not None:
-            targets: list[float] = whole(batch, widest, context)
-            return targets, samplers
-        return [self.base.target_s(batch, width, context) for width in range(1, widest + 1)], samplers
+            return [*whole(batch, widest, context)], [*samplers]
+        return [self.base.target_s(batch, width, context) for width in range(1, widest + 1)], [*samplers]
 
     def _classes(self, width: int) -> tuple[_Drift, _Drift]:
         """The drift of calls of this width, and the other one."""
@@ -180,16 +174,16 @@ class CorrectedCosts:
 
     def _deviation(self, bucket: _Bucket) -> _Deviation:
         """A bucket's, which is about to be observed."""
-        found = self._deviations.get(bucket)
-        if found is None:
-            found = self._deviations[bucket] = _Deviation()
-            kind, batch, width, context = bucket
-            self._observed.setdefault((kind, batch, context), []).append(width)
-        return found
+        kind, batch, width, context = bucket
+        return self._deviations.setdefault((kind, batch, context), {}).setdefault(width, _Deviation())
 
     def _own_factor(self, bucket: _Bucket) -> float:
-        found = self._deviations.get(bucket)
+        found = self._known(bucket)
         return 1.0 if found is None else found.factor
+
+    def _known(self, bucket: _Bucket) -> _Deviation | None:
+        kind, batch, width, context = bucket
+        return self._deviations.get((kind, batch, context), {}).get(width)
 
     def _move_drift(self, drift: _Drift, other: _Drift, residual: float) -> None:
         """Take an observation of a class into its drift."""

@@ -93,7 +93,7 @@ class Packed:
 
     def verify_s(self, lengths: Sequence[int], contexts: Sequence[int]) -> float:
         if not any(lengths):
-            return _call_s(self.costs, len(lengths), 1, max(contexts))
+            return _call_s(self.costs, *self.plain_call(contexts))
         return _call_s(self.costs, 1, len(lengths) + sum(lengths), mean_context(contexts))
 
     def plain_call(self, contexts: Sequence[int]) -> tuple[int, int, int]:
@@ -115,7 +115,7 @@ class Packed:
                 extends=tuple((index,) for _, index in pairs),
                 gains=tuple(-value for value, _ in pairs),
                 expected=tuple(expected),
-                seconds=(_call_s(self.costs, batch, 1, max(contexts)), *verifying),
+                seconds=(_call_s(self.costs, *self.plain_call(contexts)), *verifying),
             ),
         )
 

@@ -20,7 +20,7 @@ from dspark_edge.runtime import Generation, Generator, SamplingParams
 from dspark_edge.runtime import model as model_module
 from dspark_edge.runtime.batching import BatchGenerator
 from dspark_edge.runtime.batching.executor import choose_grouping
-from dspark_edge.runtime.batching.target import PackedTargetCalls
+from dspark_edge.runtime.batching.target import PackedTargetCalls, TargetCalls
 
 from ...conftest import runs_lowering
 from ..scripted import TableCosts
@@ -253,19 +253,23 @@ def test_packed_graphs_need_room_beside_the_others(
 
 def test_packed_rounds_make_one_call_for_all(packed_bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their verify lengths, as long as one verifies something: also where only some draft."""
-    widths: list[list[int]] = []
-    run = PackedTargetCalls.run
+    widths: list[list[int]] = []  # of the packed graph's calls
+    others: list[int] = []  # requests of the other's
+    run = TargetCalls.run
 
-    def noting(calls: PackedTargetCalls, first: int, token_ids: Any, starts: Any) -> None:
-        widths.append([len(ids) for ids in token_ids])
+    def noting(calls: TargetCalls, first: int, token_ids: Any, starts: Any) -> None:
+        if isinstance(calls, PackedTargetCalls):
+            widths.append([len(ids) for ids in token_ids])
+        else:
+            others.append(len(token_ids))
         run(calls, first, token_ids, starts)
 
-    monkeypatch.setattr(PackedTargetCalls, "run", noting)
+    monkeypatch.setattr(TargetCalls, "run", noting)
     params = [SamplingParams(max_new_tokens=length, ignore_eos=True) for length in LENGTHS]
     with BatchGenerator.open(packed_bundle_dir, slots=4, threads=1, **MODES["scheduled"]) as generator:
         answers = answer_all(generator, params, at_once=4)
         rounds = generator.statistics.rounds
-    assert sum(answer.statistics.rounds for answer in answers) == rounds
+    assert sum(map(len, widths)) + sum(others) == sum(answer.statistics.rounds for answer in answers) == rounds
     assert all(len(of_call) > 1 and max(of_call) > 1 for of_call in widths), "plain steps are the other graphs'"
     assert any(len(set(of_call)) > 1 for of_call in widths), "all lengths were the same"
 
